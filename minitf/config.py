@@ -1,0 +1,120 @@
+"""The configuration: one frozen dataclass, whose fields are run.py's flags."""
+from dataclasses import dataclass, field, fields
+from math import inf, isfinite, sqrt
+
+from . import activations
+from .errors import require
+
+# What a kind of block brings along; any flag given beside it wins.
+BLOCKS = {
+    "vanilla": dict(attn="espa", alpha=0.0, beta=1.0, norm="none", act="leaky_relu", transform="tat",
+                    init="orthogonal", optimizer="muon"),
+    "weighted": dict(attn="espa", alpha=0.98, beta=sqrt(1 - 0.98**2), norm="none", act="relu", transform="none",
+                     init="orthogonal", optimizer="muon"),
+    "preln": dict(attn="softmax", alpha=1.0, beta=1.0, norm="layer", act="gelu", transform="none",
+                  init="gaussian", optimizer="adamw"),
+}
+
+
+def flag(default, text, *choices, low=-inf, high=inf, above=-inf, below=inf):
+    """A field with what run.py's help says of it, its allowed values or its range (closed: low, high; open: above, below)."""
+    limits = dict(text=text, choices=choices, low=low, high=high, above=above, below=below)
+    return field(default=default, metadata=limits)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A model, its data and its training. None: chosen by `block`, or by what is measured (see each).
+
+    Raises ValueError, with one line that says what is allowed, for any value out of its range.
+    """
+    depth: int = flag(36, "blocks", low=1)
+    width: int = flag(64, "features of a token (d)", low=1)
+    heads: int = flag(4, "attention heads", low=1)
+    length: int = flag(64, "tokens of context (T)", low=2)
+    block: str = flag("vanilla", "no skips and no norms; weighted skips, no norms; or the standard transformer", *BLOCKS)
+    attn: str | None = flag(None, "attention", "softmax", "vskip", "uspa", "espa")
+    gamma: float = flag(0.2, "espa: the last kernel's decay, gamma_L", above=0)
+    rho: float = flag(0.8, "uspa: the last kernel's correlation, rho_L", above=0, below=1)
+    rescale: str = flag("expected", "positions' mean square: held at 1, or the paper's row sums alone", "expected", "plain")
+    repeat_rate: float | None = flag(None, "chance that two tokens are equal; default: that of the training tokens",
+                                     low=0, below=1)
+    alpha: float | None = flag(None, "weight of the skips", low=0)
+    beta: float | None = flag(None, "weight of the branches; with alpha alone: sqrt(1 - alpha^2)", low=0)
+    norm: str | None = flag(None, "normalisation before each branch", "none", "layer", "rms")
+    act: str | None = flag(None, "activation", *activations.NAMES)
+    transform: str | None = flag(None, "its transformation", *activations.TRANSFORMS)
+    eta: float = flag(0.9, "TAT of leaky ReLU: C_f(0)", above=0, below=1)
+    zeta: float = flag(1.5, "DKS: slope of C_f at 1", above=1)
+    tau: float = flag(0.3, "TAT of smooth activations: curvature of C_f at 1", above=0)
+    init: str | None = flag(None, "initialisation of weights", "orthogonal", "gaussian")
+    position: str = flag("rope", "position encoding", "rope", "sinusoidal", "learned", "none")
+    batch: int = flag(16, "sequences a step", low=1)
+    steps: int = flag(400, "training steps", low=1)
+    optimizer: str | None = flag(None, "optimizer", "muon", "adamw")
+    learning_rate: float | None = flag(None, "peak learning rate; default: what suits block, optimizer and size",
+                                       above=0)
+    warmup: int | None = flag(None, "steps of linear warm-up; default: a twentieth of the steps", low=0)
+    weight_decay: float = flag(0.0, "decoupled weight decay of matrices", low=0)
+    dtype: str | None = flag(None, "arithmetic; default: bfloat16 on an accelerator, float32 on a CPU",
+                             "float32", "bfloat16")
+    seed: int = flag(0, "of initialisation and order of the data", low=0, high=2**31 - 1)
+    data: str | None = flag(None, "UTF-8 text: files, folders or globs, comma-separated; default: Shakespeare")
+    encoding: str | None = flag(None, "a tiktoken encoding's name, or a rank file; default: 1,024 byte pairs")
+
+    def __post_init__(self):
+        for each in fields(self):
+            validate(each.name, getattr(self, each.name), each.metadata, each.default is None)
+        preset = dict(BLOCKS[self.block])
+        if self.alpha is not None and self.beta is None:
+            require(self.alpha <= 1, f"alpha must be at most 1 when beta is left to it, not {self.alpha:g}")
+            preset["beta"] = sqrt(1 - self.alpha**2)
+        for name, value in preset.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        if self.learning_rate is None:
+            object.__setattr__(self, "learning_rate", default_learning_rate(self))
+        if self.warmup is None:
+            object.__setattr__(self, "warmup", self.steps // 20)
+        require(self.width % self.heads == 0,
+                f"width must be a multiple of heads: {self.width} is not one of {self.heads}")
+        require(self.position != "rope" or self.width // self.heads % 2 == 0,
+                f"rope needs an even number of features a head, not {self.width // self.heads}")
+        require(self.position != "sinusoidal" or self.width % 2 == 0,
+                f"sinusoidal positions need an even width, not {self.width}")
+        require(self.warmup < self.steps, f"warmup must be below steps, {self.steps}, not {self.warmup}")
+        require(self.norm != "none" or abs(self.alpha**2 + self.beta**2 - 1) < 0.01,
+                f"without norms alpha^2 + beta^2 must be 1, not {self.alpha**2 + self.beta**2:.4g}")
+        require(self.beta > 0, "beta must be above 0: the branches are all that there is to train")
+
+
+def validate(name, value, limits, optional):
+    """ValueError unless the value is of the field's kind and within its limits."""
+    if value is None and optional:
+        return
+    if limits["choices"]:
+        require(value in limits["choices"], f"{name} must be one of {', '.join(limits['choices'])}, not {value!r}")
+    elif not isinstance(value, str):
+        bounds = {"at least": limits["low"], "at most": limits["high"], "above": limits["above"], "below": limits["below"]}
+        allowed = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if isfinite(bound))
+        fine = limits["low"] <= value <= limits["high"] and limits["above"] < value < limits["below"]
+        require(fine, f"{name} must be {allowed or 'finite'}, not {value}")
+
+
+# Peak learning rates tuned at depth 36 and width 64, for a network without skips or norms, with weighted skips, with norms.
+LEARNING_RATES = {
+    "vanilla": dict(muon=1e-3, adamw=3e-4),
+    "weighted": dict(muon=4e-3, adamw=2e-3),
+    "preln": dict(muon=8e-3, adamw=4e-3),
+}
+
+
+def default_learning_rate(config):
+    """The tuned rate, carried over to other sizes.
+
+    An update of one size an entry has a spectral norm that grows as sqrt(width): the rate falls with it. Without skips
+    the relative changes of all blocks add up in their product: the rate falls with the depth as well.
+    """
+    kind = "preln" if config.norm != "none" else "weighted" if config.alpha > 0 else "vanilla"
+    rate = LEARNING_RATES[kind][config.optimizer] * (64 / config.width) ** 0.5
+    return rate * min(1, 36 / config.depth) if kind == "vanilla" else rate

@@ -1,0 +1,201 @@
+"""The network: parameters, constants, and the forward pass of one sequence.
+
+Shapes: T tokens, d = width, H heads, k = d / H, V = vocabulary, L = depth. Weights are (in, out), applied as x @ W.
+Every function is pure: parameters are a nested dict of arrays, constants too, the configuration is static.
+"""
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import activations, spa
+
+EXACT_LENGTH = 1024                       # positions over which the recursion of section 4, O(T^3) a layer, is run
+
+
+# --- The forward pass --------------------------------------------------------------------------------------------------
+
+def forward(params, constants, tokens, config):
+    """tokens (T,) of integers -> logits (T, V) in float32. Batches: jax.vmap over tokens."""
+    x = embed(params, tokens, config)                                                       # (T, d)
+    x, _ = jax.lax.scan(lambda x, layer: (block(x, *layer, config), None), x, (params["blocks"], constants))
+    return unembed(params, x, config)
+
+
+def embed(params, tokens, config):
+    """tokens (T,) -> x (T, d), of mean square 1 at initialisation."""
+    x = params["embed"][tokens]                                                             # (T, d)
+    if config.position == "sinusoidal":
+        x = (x + sinusoids(len(tokens), config.width)) / np.sqrt(2)
+    if config.position == "learned":
+        x = (x + params["position"][:len(tokens)]) / np.sqrt(2)
+    return x.astype(compute_dtype(config))
+
+
+def block(x, weights, constants, config):
+    """Section 2: X^ = alpha X + beta MHA(Norm(X)), X' = alpha X^ + beta MLP(Norm(X^)); x (T, d) -> (T, d)."""
+    weights = jax.tree.map(lambda w: w.astype(x.dtype), weights)
+    x = skip(x, attention(norm(x, weights, "norm1", config), weights, constants, config), config)
+    x = skip(x, mlp(norm(x, weights, "norm2", config), weights, config), config)
+    return x
+
+
+def skip(x, branch, config):
+    """alpha X + beta branch; a vanilla block has no first term at all."""
+    return config.beta * branch if config.alpha == 0 else config.alpha * x + config.beta * branch
+
+
+def attention(x, weights, constants, config):
+    """All heads of one layer: x (T, d) -> (T, d)."""
+    heads = lambda name: (x @ weights[name]).reshape(len(x), config.heads, -1)              # (T, H, k)
+    q, k, v = heads("query"), heads("key"), heads("value")
+    if config.position == "rope":
+        q, k = rotate(q), rotate(k)
+    out = attend(q, k, v, **constants)                                                      # (T, H, k)
+    if config.attn == "vskip":
+        out = weights["vskip_alpha"][:, None] * v + weights["vskip_beta"][:, None] * out
+    return out.reshape(x.shape) @ weights["output"]
+
+
+def attend(q, k, v, bias=None, rescale=None):
+    """Section 3: D softmax(mask(Q K^T / sqrt(d_k) + B)) V for each head, causal; q, k, v (T, H, k) -> (T, H, k).
+
+    bias: B, (T, T), added to every head's logits. rescale: D, (T,). Either may be absent. The softmax is float32.
+    """
+    logits = jnp.einsum("qhd,khd->hqk", q, k, preferred_element_type=jnp.float32) / np.sqrt(q.shape[-1])
+    if bias is not None:
+        logits = logits + bias
+    logits = jnp.where(np.tri(len(q), dtype=bool), logits, -jnp.inf)
+    out = jnp.einsum("hqk,khd->qhd", jax.nn.softmax(logits).astype(v.dtype), v)
+    return out if rescale is None else (rescale[:, None, None] * out).astype(v.dtype)
+
+
+def mlp(x, weights, config):
+    """One non-linearity between d -> 4d and 4d -> d: x (T, d) -> (T, d)."""
+    return activation(config)(x @ weights["up"]) @ weights["down"]
+
+
+def unembed(params, x, config):
+    """x (T, d) -> logits (T, V), float32."""
+    x = norm(x, params, "norm", config)
+    return jnp.matmul(x, params["head"].astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def norm(x, weights, name, config):
+    """The configured normalisation of x (T, d) over features, in float32, with a trained gain; identity for "none"."""
+    if config.norm == "none":
+        return x
+    y = x.astype(jnp.float32)
+    if config.norm == "layer":
+        y = y - y.mean(-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-5)
+    return (y * weights[name]).astype(x.dtype)
+
+
+def rotate(x):
+    """Rotary position encoding (Su et al. 2021, arXiv 2104.09864) of x (T, H, k): pairs (i, i + k/2) turn with T."""
+    half = x.shape[-1] // 2
+    angle = np.arange(len(x))[:, None] * 10000.0 ** (-np.arange(half) / half)               # (T, k/2)
+    cos, sin = (f(angle)[:, None].astype(x.dtype) for f in (np.cos, np.sin))
+    a, b = x[..., :half], x[..., half:]
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+def sinusoids(length, width):
+    """Sinusoidal positions (Vaswani et al. 2017), (T, d) in float32, scaled to mean square 1."""
+    angle = np.arange(length)[:, None] * 10000.0 ** (-np.arange(width // 2) / (width // 2))
+    return np.sqrt(2) * np.concatenate([np.sin(angle), np.cos(angle)], -1).astype(np.float32)
+
+
+def activation(config):
+    """The configuration's Activation, solved for its depth and skips; raises OutOfReach where there is none."""
+    if config.norm != "none" and config.transform == "none":
+        return activations.Activation(config.act, activations.SLOPES.get(config.act, 1.0))  # as it is
+    return activations.solve(config.act, config.transform, config.depth, config.alpha, config.beta,
+                             config.eta, config.zeta, config.tau)
+
+
+def compute_dtype(config):
+    """The arithmetic's dtype; parameters are float32."""
+    return config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+
+
+# --- Parameters -----------------------------------------------------------------------------------------------------------
+
+def init(key, config, vocabulary):
+    """Section 6: the parameters, a nested dict of float32 arrays; those of the blocks are stacked, (L, ...)."""
+    d, depth = config.width, config.depth
+    keys = iter(jax.random.split(key, 9))
+    gaussian = lambda *shape, std=1.0: std * jax.random.normal(next(keys), shape)
+    orthogonal = jax.nn.initializers.orthogonal()
+
+    def matrix(fan_in, fan_out, std=1.0):
+        """(L, in, out), keeping mean squares in expectation: orthogonal times max(sqrt(out/in), 1), or N(0, 1/in)."""
+        if config.init == "gaussian":
+            return gaussian(depth, fan_in, fan_out, std=std * fan_in**-0.5)
+        scale = std * max((fan_out / fan_in)**0.5, 1)
+        return scale * jax.vmap(lambda key: orthogonal(key, (fan_in, fan_out)))(jax.random.split(next(keys), depth))
+
+    # Unweighted skips add up 2 L branches: GPT-2 (Radford et al. 2019) starts each at 1/sqrt(2 L).
+    branch = (2 * depth)**-0.5 if config.alpha == config.beta == 1 else 1.0
+    query = gaussian(depth, d, d, std=d**-0.5)
+    blocks = {
+        "query": query if config.attn == "softmax" else jnp.zeros_like(query),
+        "key": gaussian(depth, d, d, std=d**-0.5),
+        "value": matrix(d, d),
+        "output": matrix(d, d, branch),
+        "up": matrix(d, 4 * d),
+        "down": matrix(4 * d, d, branch),
+    }
+    # A head of zeros starts at the loss of a uniform guess, and leaves no random logits to be unlearned first.
+    params = {"embed": gaussian(vocabulary, d), "blocks": blocks, "head": jnp.zeros((d, vocabulary))}
+    if config.attn == "vskip":                                                              # A <- 1 I + 0 A(X)
+        blocks["vskip_alpha"], blocks["vskip_beta"] = jnp.ones((depth, config.heads)), jnp.zeros((depth, config.heads))
+    if config.norm != "none":
+        blocks["norm1"], blocks["norm2"], params["norm"] = jnp.ones((depth, d)), jnp.ones((depth, d)), jnp.ones(d)
+    if config.position == "learned":
+        params["position"] = gaussian(config.length, d)
+    return params
+
+
+# --- Constants: what signal-preserving attention adds, from theory alone ----------------------------------------------------
+
+def log_attentions(config, length):
+    """The blocks' log A at initialisation, one (T, T) after the other; empty for softmax, whose A depends on the input."""
+    if config.attn == "espa":
+        gammas = spa.exponential_schedule(config.gamma, config.depth)
+        return [spa.exponential_log_attention(before, after, length) for before, after in zip(gammas, gammas[1:])]
+    if config.attn == "uspa":
+        rhos = spa.uniform_schedule(config.rho, config.depth)
+        return [spa.uniform_log_attention(before, after, length) for before, after in zip(rhos, rhos[1:])]
+    if config.attn == "vskip":
+        with np.errstate(divide="ignore"):
+            return [np.log(np.eye(length))] * config.depth
+    return []
+
+
+def initial_kernel(config, length):
+    """E Sigma_0, (T, T): tokens repeat with config.repeat_rate; additive positions are half of the sum."""
+    tokens = spa.repeat_kernel(config.repeat_rate or 0.0, length)
+    if config.position == "sinusoidal":
+        positions = sinusoids(length, config.width).astype(float)
+        return (tokens + positions @ positions.T / config.width) / 2
+    return (tokens + np.eye(length)) / 2 if config.position == "learned" else tokens
+
+
+def predict(config, kernel):
+    """Section 4's recursion for this network from Sigma_0 = kernel: [(n, Sigma)] after each block; [] for softmax."""
+    return list(spa.propagate(log_attentions(config, len(kernel)), kernel, activation(config).correlation_map,
+                              config.alpha, config.beta, config.norm != "none", config.rescale == "expected"))
+
+
+def constants(config):
+    """What `forward` scans beside the blocks: {"bias": (L, T, T), "rescale": (L, T)} in float32; {} for softmax, vskip."""
+    if config.attn not in ("uspa", "espa"):
+        return {}
+    exact = min(config.length, EXACT_LENGTH)
+    split = [spa.rescale_and_bias(log_a) for log_a in log_attentions(config, config.length)]
+    n = np.array([np.pad(n, (0, config.length - exact), mode="edge")
+                  for n, _ in predict(config, initial_kernel(config, exact))])
+    rescale = np.array([rescale for rescale, _ in split]) / n
+    return {"bias": jnp.asarray(np.array([bias for _, bias in split]), jnp.float32),
+            "rescale": jnp.asarray(rescale, jnp.float32)}
