@@ -9,7 +9,7 @@ from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import get_args
 
-os.environ.setdefault("NPROC", str(max(8, os.cpu_count() or 1)))           # XLA's CPU threads: a pool of two was seen to deadlock
+os.environ.setdefault("NPROC", str(max(4, os.cpu_count() or 1)))           # XLA's CPU threads: a pool of two was seen to deadlock
 HERE = Path(__file__).parent
 DATA, ENCODING = HERE / "data/shakespeare.txt", HERE / "data/shakespeare.tiktoken"
 

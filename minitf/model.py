@@ -12,27 +12,27 @@ from . import activations, spa
 EXACT_LENGTH = 1024                       # positions over which the recursion of section 4, O(T^3) a layer, is run
 
 
-# --- The forward pass --------------------------------------------------------------------------------------------------
+# --- The forward pass, written for one sequence; "..." is a batch, or nothing -------------------------------------------
 
 def forward(params, constants, tokens, config):
-    """tokens (T,) of integers -> logits (T, V) in float32. Batches: jax.vmap over tokens."""
-    x = embed(params, tokens, config)                                                       # (T, d)
+    """tokens (..., T) of integers -> logits (..., T, V) in float32."""
+    x = embed(params, tokens, config)                                                       # (..., T, d)
     x, _ = jax.lax.scan(lambda x, layer: (block(x, *layer, config), None), x, (params["blocks"], constants))
     return unembed(params, x, config)
 
 
 def embed(params, tokens, config):
-    """tokens (T,) -> x (T, d), of mean square 1 at initialisation."""
-    x = params["embed"][tokens]                                                             # (T, d)
+    """tokens (..., T) -> x (..., T, d), of mean square 1 at initialisation."""
+    x, length = params["embed"][tokens], tokens.shape[-1]
     if config.position == "sinusoidal":
-        x = (x + sinusoids(len(tokens), config.width)) / np.sqrt(2)
+        x = (x + sinusoids(length, config.width)) / np.sqrt(2)
     if config.position == "learned":
-        x = (x + params["position"][:len(tokens)]) / np.sqrt(2)
+        x = (x + params["position"][:length]) / np.sqrt(2)
     return x.astype(compute_dtype(config))
 
 
 def block(x, weights, constants, config):
-    """Section 2: X^ = alpha X + beta MHA(Norm(X)), X' = alpha X^ + beta MLP(Norm(X^)); x (T, d) -> (T, d)."""
+    """Section 2: X^ = alpha X + beta MHA(Norm(X)), X' = alpha X^ + beta MLP(Norm(X^)); x (..., T, d), as what returns."""
     weights = jax.tree.map(lambda w: w.astype(x.dtype), weights)
     x = skip(x, attention(norm(x, weights, "norm1", config), weights, constants, config), config)
     x = skip(x, mlp(norm(x, weights, "norm2", config), weights, config), config)
@@ -44,44 +44,47 @@ def skip(x, branch, config):
     return config.beta * branch if config.alpha == 0 else config.alpha * x + config.beta * branch
 
 
+def linear(x, matrix):
+    """x W for x (..., in), W (in, out). One product of two matrices: their gradients take a CPU a third of the time."""
+    return (x.reshape(-1, x.shape[-1]) @ matrix).reshape(*x.shape[:-1], -1)
+
+
 def attention(x, weights, constants, config):
-    """All heads of one layer: x (T, d) -> (T, d)."""
-    heads = lambda name: (x @ weights[name]).reshape(len(x), config.heads, -1)              # (T, H, k)
+    """All heads of one layer: x (..., T, d), as what returns."""
+    heads = lambda name: linear(x, weights[name]).reshape(*x.shape[:-1], config.heads, -1)  # (..., T, H, k)
     q, k, v = heads("query"), heads("key"), heads("value")
     if config.position == "rope":
         q, k = rotate(q), rotate(k)
-    out = attend(q, k, v, **constants)                                                      # (T, H, k)
+    out = attend(q, k, v, **constants)                                                      # (..., T, H, k)
     if config.attn == "vskip":
         out = weights["vskip_alpha"][:, None] * v + weights["vskip_beta"][:, None] * out
-    return out.reshape(x.shape) @ weights["output"]
+    return linear(out.reshape(x.shape), weights["output"])
 
 
 def attend(q, k, v, bias=None, rescale=None):
-    """Section 3: D softmax(mask(Q K^T / sqrt(d_k) + B)) V for each head, causal; q, k, v (T, H, k) -> (T, H, k).
+    """Section 3: D softmax(mask(Q K^T / sqrt(d_k) + B)) V for each head; q, k, v (..., T, H, k), as what returns.
 
-    bias: B, (T, T), added to every head's logits. rescale: D, (T,). Either may be absent. The softmax is float32.
+    bias: B, (T, T), -inf where j > i, for every head. rescale: D, (T,). Without them: causal, D = 1. The softmax is float32.
     """
-    logits = jnp.einsum("qhd,khd->hqk", q, k, preferred_element_type=jnp.float32) / np.sqrt(q.shape[-1])
-    if bias is not None:
-        logits = logits + bias
-    logits = jnp.where(np.tri(len(q), dtype=bool), logits, -jnp.inf)
-    out = jnp.einsum("hqk,khd->qhd", jax.nn.softmax(logits).astype(v.dtype), v)
+    logits = jnp.einsum("...qhd,...khd->...hqk", q, k, preferred_element_type=jnp.float32) / np.sqrt(q.shape[-1])
+    if bias is None:
+        bias = np.where(np.tri(q.shape[-3], dtype=bool), 0.0, -np.inf).astype(np.float32)
+    out = jnp.einsum("...hqk,...khd->...qhd", jax.nn.softmax(logits + bias).astype(v.dtype), v)
     return out if rescale is None else (rescale[:, None, None] * out).astype(v.dtype)
 
 
 def mlp(x, weights, config):
-    """One non-linearity between d -> 4d and 4d -> d: x (T, d) -> (T, d)."""
-    return activation(config)(x @ weights["up"]) @ weights["down"]
+    """One non-linearity between d -> 4d and 4d -> d: x (..., T, d), as what returns."""
+    return linear(activation(config)(linear(x, weights["up"])), weights["down"])
 
 
 def unembed(params, x, config):
-    """x (T, d) -> logits (T, V), float32."""
-    x = norm(x, params, "norm", config)
-    return jnp.matmul(x, params["head"].astype(x.dtype), preferred_element_type=jnp.float32)
+    """x (..., T, d) -> logits (..., T, V), float32."""
+    return linear(norm(x, params, "norm", config), params["head"].astype(x.dtype)).astype(jnp.float32)
 
 
 def norm(x, weights, name, config):
-    """The configured normalisation of x (T, d) over features, in float32, with a trained gain; identity for "none"."""
+    """The configured normalisation of x (..., d) over features, in float32, with a trained gain; identity for "none"."""
     if config.norm == "none":
         return x
     y = x.astype(jnp.float32)
@@ -92,9 +95,9 @@ def norm(x, weights, name, config):
 
 
 def rotate(x):
-    """Rotary position encoding (Su et al. 2021, arXiv 2104.09864) of x (T, H, k): pairs (i, i + k/2) turn with T."""
-    half = x.shape[-1] // 2
-    angle = np.arange(len(x))[:, None] * 10000.0 ** (-np.arange(half) / half)               # (T, k/2)
+    """Rotary position encoding (Su et al. 2021, arXiv 2104.09864) of x (..., T, H, k): pairs (i, i + k/2) turn with T."""
+    length, half = x.shape[-3], x.shape[-1] // 2
+    angle = np.arange(length)[:, None] * 10000.0 ** (-np.arange(half) / half)               # (T, k/2)
     cos, sin = (f(angle)[:, None].astype(x.dtype) for f in (np.cos, np.sin))
     a, b = x[..., :half], x[..., half:]
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1)

@@ -14,7 +14,7 @@ MATRICES = ("query", "key", "value", "output", "up", "down")
 
 def loss(params, constants, batch, config):
     """Mean cross-entropy in nats per token; batch (B, T + 1) of tokens."""
-    logits = jax.vmap(model.forward, (None, None, 0, None))(params, constants, batch[:, :-1], config)
+    logits = model.forward(params, constants, batch[:, :-1], config)
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:]).mean()
 
 
