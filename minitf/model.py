@@ -66,11 +66,21 @@ def attend(q, k, v, bias=None, rescale=None):
 
     bias: B, (T, T), -inf where j > i, for every head. rescale: D, (T,). Without them: causal, D = 1. The softmax is float32.
     """
-    logits = jnp.einsum("...qhd,...khd->...hqk", q, k, preferred_element_type=jnp.float32) / np.sqrt(q.shape[-1])
-    if bias is None:
-        bias = np.where(np.tri(q.shape[-3], dtype=bool), 0.0, -np.inf).astype(np.float32)
-    out = jnp.einsum("...hqk,...khd->...qhd", jax.nn.softmax(logits + bias).astype(v.dtype), v)
+    if jax.default_backend() == "gpu" and v.dtype == jnp.bfloat16 and v.shape[-1] % 8 == 0:
+        out = attend_fused(q, k, v, bias)
+    else:
+        logits = jnp.einsum("...qhd,...khd->...hqk", q, k, preferred_element_type=jnp.float32) / np.sqrt(q.shape[-1])
+        if bias is None:
+            bias = np.where(np.tri(q.shape[-3], dtype=bool), 0.0, -np.inf).astype(np.float32)
+        out = jnp.einsum("...hqk,...khd->...qhd", jax.nn.softmax(logits + bias).astype(v.dtype), v)
     return out if rescale is None else (rescale[:, None, None] * out).astype(v.dtype)
+
+
+def attend_fused(q, k, v, bias):
+    """The same softmax and sum by cuDNN's flash attention, for bfloat16: the bias, too, is rounded to it."""
+    if bias is not None:
+        bias = jnp.tril(bias).astype(v.dtype)[None, None]                                   # is_causal does the mask
+    return jax.nn.dot_product_attention(q, k, v, bias, is_causal=True, implementation="cudnn")
 
 
 def mlp(x, weights, config):
@@ -149,8 +159,10 @@ def init(key, config, vocabulary):
         "up": matrix(d, 4 * d),
         "down": matrix(4 * d, d, branch),
     }
-    # A head of zeros starts at the loss of a uniform guess, and leaves no random logits to be unlearned first.
-    params = {"embed": gaussian(vocabulary, d), "blocks": blocks, "head": jnp.zeros((d, vocabulary))}
+    # Without norms the tokens of the last layer are alike: a random head would give all of them the same wrong logits,
+    # to be unlearned first, so it starts at zero. With a final norm the customary random one learns faster.
+    head = gaussian(d, vocabulary, std=d**-0.5 if config.norm != "none" else 0.0)
+    params = {"embed": gaussian(vocabulary, d), "blocks": blocks, "head": head}
     if config.attn == "vskip":                                                              # A <- 1 I + 0 A(X)
         blocks["vskip_alpha"], blocks["vskip_beta"] = jnp.ones((depth, config.heads)), jnp.zeros((depth, config.heads))
     if config.norm != "none":
