@@ -1,6 +1,6 @@
 """minitf: transformers that train without shortcuts, as pure functions in JAX."""
 from .config import Config
-from .model import constants, forward, init, predict
+from .model import constants, forward, init, initial_kernel, predict
 
 __version__ = "0.1.0"
-__all__ = ["Config", "constants", "forward", "init", "predict"]
+__all__ = ["Config", "constants", "forward", "init", "initial_kernel", "predict"]
