@@ -15,20 +15,25 @@ EXACT_LENGTH = 1024                       # positions over which the recursion o
 # --- The forward pass --------------------------------------------------------------------------------------------------
 
 def forward(params, constants, tokens, config):
-    """tokens (T,) of integers -> logits (T, V) in float32. Batches: jax.vmap over tokens."""
+    """tokens (T,) of integers -> logits (T, V) in float32. Batches: jax.vmap over tokens. One at a time: decode.py."""
     x = embed(params, tokens, config)                                                       # (T, d)
     x, _ = jax.lax.scan(lambda x, layer: (block(x, *layer, config), None), x, (params["blocks"], constants))
     return unembed(params, x, config)
 
 
-def embed(params, tokens, config):
-    """tokens (T,) -> x (T, d), of mean square 1 at initialisation."""
-    x = params["embed"][tokens]                                                             # (T, d)
+def embed(params, tokens, config, start=0):
+    """tokens (S,) at positions from `start` -> x (S, d), of mean square 1 at initialisation."""
+    x = params["embed"][tokens]                                                             # (S, d)
     if config.position == "sinusoidal":
-        x = (x + sinusoids(len(tokens), config.width)) / np.sqrt(2)
+        x = (x + rows(sinusoids(config.length, config.width), start, len(tokens))) / np.sqrt(2)
     if config.position == "learned":
-        x = (x + params["position"][:len(tokens)]) / np.sqrt(2)
+        x = (x + rows(params["position"], start, len(tokens))) / np.sqrt(2)
     return x.astype(compute_dtype(config))
+
+
+def rows(table, start, count):
+    """`count` rows of a table (T, ...) from `start`, which may be traced."""
+    return jax.lax.dynamic_slice_in_dim(jnp.asarray(table), start, count)
 
 
 def block(x, weights, constants, config):
@@ -46,25 +51,34 @@ def skip(x, branch, config):
 
 def attention(x, weights, constants, config):
     """All heads of one layer: x (T, d) -> (T, d)."""
-    heads = lambda name: (x @ weights[name]).reshape(len(x), config.heads, -1)              # (T, H, k)
-    q, k, v = heads("query"), heads("key"), heads("value")
-    if config.position == "rope":
-        q, k = rotate(q), rotate(k)
-    out = attend(q, k, v, **constants)                                                      # (T, H, k)
+    q, k, v = project(x, weights, config)
+    return merge(v, attend(q, k, v, **constants), weights, config)
+
+
+def project(x, weights, config, start=0):
+    """x (S, d) at positions from `start` -> queries, keys, values of the heads, each (S, H, k)."""
+    q, k, v = ((x @ weights[name]).reshape(len(x), config.heads, -1) for name in ("query", "key", "value"))
+    return (rotate(q, start, config.length), rotate(k, start, config.length), v) if config.position == "rope" else (q, k, v)
+
+
+def merge(v, attended, weights, config):
+    """What the heads attended to, (S, H, k), and their own values v -> (S, d)."""
     if config.attn == "vskip":
-        out = weights["vskip_alpha"][:, None] * v + weights["vskip_beta"][:, None] * out
-    return out.reshape(x.shape) @ weights["output"]
+        attended = weights["vskip_alpha"][:, None] * v + weights["vskip_beta"][:, None] * attended
+    return attended.reshape(len(v), -1) @ weights["output"]
 
 
-def attend(q, k, v, bias=None, rescale=None):
-    """Section 3: D softmax(mask(Q K^T / sqrt(d_k) + B)) V for each head, causal; q, k, v (T, H, k) -> (T, H, k).
+def attend(q, k, v, bias=None, rescale=None, start=0):
+    """Section 3: D softmax(mask(Q K^T / sqrt(d_k) + B)) V for each head, causal; q (S, H, k), k and v (T, H, k) -> (S, H, k).
 
-    bias: B, (T, T), added to every head's logits. rescale: D, (T,). Either may be absent. The softmax is float32.
+    bias: B, (S, T), added to every head's logits. rescale: D, (S,). Either may be absent. The softmax is float32.
+    The queries are those of positions from `start`; as many as keys, from 0, in the forward pass.
     """
     logits = jnp.einsum("qhd,khd->hqk", q, k, preferred_element_type=jnp.float32) / np.sqrt(q.shape[-1])
     if bias is not None:
         logits = logits + bias
-    logits = jnp.where(np.tri(len(q), dtype=bool), logits, -jnp.inf)
+    causal = start + np.arange(len(q))[:, None] >= np.arange(len(k))
+    logits = jnp.where(causal, logits, -jnp.inf)
     out = jnp.einsum("hqk,khd->qhd", jax.nn.softmax(logits).astype(v.dtype), v)
     return out if rescale is None else (rescale[:, None, None] * out).astype(v.dtype)
 
@@ -91,11 +105,14 @@ def norm(x, weights, name, config):
     return (y * weights[name]).astype(x.dtype)
 
 
-def rotate(x):
-    """Rotary position encoding (Su et al. 2021, arXiv 2104.09864) of x (T, H, k): pairs (i, i + k/2) turn with T."""
+def rotate(x, start=0, length=None):
+    """Rotary position encoding (Su et al. 2021, arXiv 2104.09864) of x (S, H, k): pairs (i, i + k/2) turn with position.
+
+    Where `start` is traced, `length` must say how many positions there are: their angles are tabulated in float64.
+    """
     half = x.shape[-1] // 2
-    angle = np.arange(len(x))[:, None] * 10000.0 ** (-np.arange(half) / half)               # (T, k/2)
-    cos, sin = (f(angle)[:, None].astype(x.dtype) for f in (np.cos, np.sin))
+    angle = np.arange(length or len(x))[:, None] * 10000.0 ** (-np.arange(half) / half)     # (T, k/2)
+    cos, sin = (rows(f(angle)[:, None].astype(x.dtype), start, len(x)) for f in (np.cos, np.sin))
     a, b = x[..., :half], x[..., half:]
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
 
