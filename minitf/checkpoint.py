@@ -175,7 +175,9 @@ def restore(arrays):
     """The Checkpoint that the arrays make up; ValueError, TypeError or KeyError where they make up none."""
     meta = json.loads(arrays["meta"].tobytes())
     require(meta["format"] == FORMAT, f"its format is {meta['format']!r}, known is {FORMAT}")
+    require(type(meta["step"]) is int and meta["step"] >= 0, f"its step is {meta['step']!r}")
     config, ends = Config(**meta["config"]), np.cumsum(arrays["lengths"])
+    require(ends[-1] == len(arrays["bytes"]), "its encoding is not whole")
     pairs = {arrays["bytes"][end - length:end].tobytes(): int(rank)
              for end, length, rank in zip(ends, arrays["lengths"], arrays["ranks"], strict=True)}
     encoding = data.make_encoding(meta["encoding"], pairs, meta["pattern"], meta["special"])

@@ -40,8 +40,8 @@ class Config:
     rescale: str = flag("expected", "positions' mean square: held at 1, or the paper's row sums alone", "expected", "plain")
     repeat_rate: float | None = flag(None, "chance that two tokens are equal; default: that of the training tokens",
                                      low=0, below=1)
-    alpha: float | None = flag(None, "weight of the skips", low=0)
-    beta: float | None = flag(None, "weight of the branches; with alpha alone: sqrt(1 - alpha^2)", low=0)
+    alpha: float | None = flag(None, "weight of the skips", low=0, high=100)
+    beta: float | None = flag(None, "weight of the branches; with alpha alone: sqrt(1 - alpha^2)", low=0, high=100)
     norm: str | None = flag(None, "normalisation before each branch", "none", "layer", "rms")
     act: str | None = flag(None, "activation", *activations.NAMES)
     transform: str | None = flag(None, "its transformation", *activations.TRANSFORMS)

@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import regex                                              # what tiktoken depends on
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
@@ -75,9 +76,15 @@ def load_encoding(name):
 
 
 def make_encoding(name, ranks, pattern, special_tokens):
-    """A tiktoken.Encoding; ValueError unless it can encode any text."""
+    """A tiktoken.Encoding; ValueError unless it can encode any text: tiktoken itself would panic, or lose some of it."""
+    every = [*ranks.values(), *special_tokens.values()]
     require(all(bytes([byte]) in ranks for byte in range(256)), f"{name} is not an encoding: it lacks some single bytes")
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
+    require(all(ranks) and len(set(every)) == len(every) and min(every) >= 0,
+            f"{name} is not an encoding: tokens must not be empty, nor ranks shared or negative")
+    require(regex.match(pattern, "") is None, f"{name} is not an encoding: its pattern splits text into nothing")
+    encoding, probe = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens), "A b, 1é\n"
+    require(encoding.decode(encoding.encode(probe)) == probe, f"{name} is not an encoding: its pattern loses text")
+    return encoding
 
 
 def encode(texts, encoding):
@@ -89,6 +96,7 @@ def encode(texts, encoding):
 def load(names, encoding, length):
     """(train, held_out): the tokens of the named text, its last tenth held out. Each must fill one window at least."""
     tokens = encode([read_text(path) for path in find_files(names)], encoding)
+    require((tokens != tokens[:1]).any(), "data is one token again and again: there is nothing to learn")
     train, held_out = np.split(tokens, [len(tokens) * 9 // 10])
     require(len(held_out) > length,
             f"data is too short: {len(tokens)} tokens, but a held-out tenth of more than {length} is needed")

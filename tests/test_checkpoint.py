@@ -220,7 +220,7 @@ def test_resuming_refuses_by_name_and_continues_with_more_steps(launch, copy):
     assert status == 2 and "--width" in errors and "--depth" not in errors and errors.count("\n") == 1
     status, _, errors = finish(launch("--resume", copy))
     assert status == 2 and "trained" in errors
-    status, _, errors = finish(launch("--resume", copy, "--data", __file__))
+    status, _, errors = finish(launch("--resume", copy, "--steps", 404, "--data", ROOT / "data/shakespeare.tiktoken"))
     assert status == 2 and "data" in errors and errors.count("\n") == 1
     newest = checkpoint.checkpoints(copy)[0]
     newest.write_bytes(newest.read_bytes()[:-100])
