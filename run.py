@@ -3,116 +3,258 @@ import argparse
 import json
 import math
 import os
+import signal
 import sys
 import time
-from dataclasses import MISSING, asdict, fields, replace
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import get_args
 
 os.environ.setdefault("NPROC", str(max(4, os.cpu_count() or 1)))           # XLA's CPU threads: a pool of two was seen to deadlock
 HERE = Path(__file__).parent
 DATA, ENCODING = HERE / "data/shakespeare.txt", HERE / "data/shakespeare.tiktoken"
+MAY_CHANGE = "steps", "learning_rate", "save_every", "data"                # on resuming; the data's tokens must be the same
 
 
 def main(arguments=None):
-    """Parses the flags, trains, shows. Whatever a user can get wrong: one line, exit status 2."""
+    """Parses the flags; trains, resumes, samples or evaluates. Whatever a user can get wrong: one line, exit status 2."""
     parser, config_class = make_parser()
-    flags = vars(parser.parse_args(arguments))
-    out = flags.pop("out")
+    flags = vars(parser.parse_args(arguments))                             # the configuration's: those given, no others
+    modes = {name: flags.pop(name) for name in ("out", "resume", "sample", "eval")}
     try:
-        config = config_class(**flags)
-        train(config, out)
+        if modes["resume"]:
+            resume(modes["resume"], flags)
+        elif modes["sample"]:
+            sample(modes["sample"], flags)
+        elif modes["eval"]:
+            evaluate(modes["eval"], flags)
+        else:
+            refuse_others(flags, [each.name for each in fields(config_class)], "can only be given with --sample")
+            train(config_class(**flags), modes["out"])
     except ValueError as error:
         parser.error(str(error))
+    except BrokenPipeError:                                                # nobody reads on: nothing is left to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0 if modes["sample"] else 128 + signal.SIGPIPE)
+    except OSError as error:
+        parser.error(f"{error.filename or 'cannot write'}: {error.strerror}")
+    except MemoryError:
+        parser.error("out of memory: a smaller --batch, --length or --width may help")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
 
 def make_parser():
-    """(parser, Config): one flag for each field of Config, and --out."""
-    from minitf.config import Config
+    """(parser, Config): one flag for each field of Config and of Sampling, and what to do and where."""
+    from minitf.config import Config, Sampling, kind
 
     class Parser(argparse.ArgumentParser):
         def error(self, message):
-            self.exit(2, f"run.py: {' '.join(message.split())}\n")
+            line = " ".join(message.split()).encode("utf-8", "backslashreplace").decode()
+            self.exit(2, f"run.py: {line}\n")
 
     parser = Parser(prog="run.py", description=__doc__, allow_abbrev=False)
-    for each in fields(Config):
-        kind = (get_args(each.type) or [each.type])[0]
-        default = "" if each.default is None else f" (default: {each.default})"
-        parser.add_argument("--" + each.name.replace("_", "-"), type=kind, default=each.default,
-                            metavar="|".join(each.metadata["choices"]) or kind.__name__.upper(),
+    for each in {each.name: each for each in (*fields(Sampling), *fields(Config))}.values():
+        default = "" if each.default is None or each.name == "prompt" else f" (default: {each.default})"
+        parser.add_argument("--" + each.name.replace("_", "-"), type=kind(each), default=argparse.SUPPRESS,
+                            metavar="|".join(each.metadata["choices"]) or kind(each).__name__.upper(),
                             help=(each.metadata["text"] + default).replace("%", "%%"))
-    parser.add_argument("--out", type=Path, metavar="DIR", help="a new folder for config.json and metrics.jsonl "
-                        "(default: the next one under runs/)")
+    where = parser.add_mutually_exclusive_group()
+    for name, text in {"out": "a new folder for checkpoints, config.json and metrics.jsonl (default: the next one under runs/)",
+                       "resume": f"go on with the run in a folder; {', '.join(MAY_CHANGE)} may be given anew",
+                       "sample": "draw text from a run's newest checkpoint: prompt, tokens, temperature, top_k, seed",
+                       "eval": "loss of a run's newest checkpoint on --data (default: its held-out text)"}.items():
+        where.add_argument("--" + name, type=Path, metavar="DIR", help=text)
     return parser, Config
+
+
+def refuse_others(flags, names, why):
+    """ValueError, by name, if any flag is given that is not one of the names."""
+    from minitf.errors import require
+    others = ", ".join("--" + name.replace("_", "-") for name in flags if name not in names)
+    require(not others, f"{others} {why}")
 
 
 # --- A run ------------------------------------------------------------------------------------------------------------
 
-def train(config, out):
-    """Trains as configured; writes config.json and metrics.jsonl into `out`; shows progress, held-out loss, a sample."""
+def train(config, out, checkpoint=None):
+    """Trains as configured, from a checkpoint if given, with checkpoints, config.json and metrics.jsonl in `out`."""
     import jax
-    from minitf import data, model, train
+    from minitf import checkpoint as checkpoints, data, model, train
+    from minitf.errors import require
+    from minitf.show import Progress, describe
 
     jax.config.update("jax_cpu_enable_async_dispatch", False)                 # with two cores it can wait for itself for ever
     started = time.perf_counter()
-    require_new(out)
-    config = reachable(config)
-    encoding = data.load_encoding(config.encoding or str(ENCODING))
+    if not checkpoint:
+        require_new(out)
+    encoding = checkpoint.encoding if checkpoint else data.load_encoding(config.encoding or str(ENCODING))
     tokens, held_out = data.load(config.data or str(DATA), encoding, config.length)
-    vocabulary = encoding.n_vocab
-    if config.repeat_rate is None:
-        config = replace(config, repeat_rate=data.repeat_rate(tokens, vocabulary))
-    constants = model.constants(config)
-    params = jax.jit(model.init, static_argnums=(1, 2))(jax.random.key(config.seed), config, vocabulary)
-    opt_state = train.make_optimizer(config).init(params)
+    vocabulary, digest = encoding.n_vocab, data.digest(tokens)
+    if checkpoint:
+        require(digest == checkpoint.digest, "data is not what the run was trained on: its tokens must be the same")
+        params, opt_state, start = checkpoint.params, checkpoint.opt_state, checkpoint.step
+        constants = model.constants(config)
+    else:
+        require_memory(config, vocabulary)
+        config = reachable(config)
+        if config.repeat_rate is None:
+            config = replace(config, repeat_rate=data.repeat_rate(tokens, vocabulary))
+        constants = model.constants(config)
+        params = jax.jit(model.init, static_argnums=(1, 2))(jax.random.key(config.seed), config, vocabulary)
+        opt_state, start = train.make_optimizer(config).init(params), 0
+        out = make_folder(out, f"{config.block}-{config.attn}")
+        lock = checkpoints.lock(out)
+        require(not (out / "config.json").exists(), f"{out} was just taken by another run")
     bits = 1 / math.log(2) / data.bytes_per_token(held_out, encoding)          # per byte, of a nat per token
     unigram = data.unigram_loss(tokens, held_out, vocabulary)
     schedule = train.make_schedule(config)
+    resume_with = f"python run.py --resume {out}"
 
-    out = make_folder(out, f"{config.block}-{config.attn}")
     (out / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
     describe(config, params, tokens, held_out, encoding, out)
-    with open(out / "metrics.jsonl", "w") as metrics, Progress(config) as progress:
+    with open(out / "metrics.jsonl", "a") as metrics, Progress(config) as progress, stop_signals() as stop:
         def record(step, values):
-            """One line of metrics for a step that was sent off; waits until it is computed."""
+            """One line of metrics for a step that was sent off; waits until it is computed. Exits where it is not finite."""
             line = {"step": step, "loss": float(values["loss"]), "learning_rate": float(schedule(step)),
                     "grad_norm": float(values["grad_norm"]), "tokens_per_second": progress.step_done()}
+            if not (math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"])):
+                last = recorded if recorded and not math.isfinite(line["loss"]) else (step, values)
+                name, norm = train.largest_gradient(last[1]["grad_norms"])
+                sys.exit(progress.last_words(
+                    f"loss is {line['loss']:.3g}, gradient norm {line['grad_norm']:.3g} at step {step}; the largest gradient "
+                    f"at step {last[0]} is that of {name}, {norm:.3g}. The checkpoint of step {saved} is kept; try "
+                    f"{resume_with} --learning-rate {config.learning_rate / 4:.2g}"))
             metrics.write(json.dumps(line) + "\n")
             progress.show(line)
-            if not math.isfinite(line["loss"]):
-                sys.exit(progress.last_words(f"loss is {line['loss']} at step {step}: a lower --learning-rate may help"))
+            return step, values
 
         def evaluate(step, count):
             windows = data.spread_windows(held_out, config.length, count)
             value = train.evaluate(params, constants, windows, config)
             metrics.write(json.dumps({"step": step, "val_loss": value, "val_bits_per_byte": value * bits}) + "\n")
-            metrics.flush()
             progress.note(f"step {step}: held out {value:.3f} nats a token, {value * bits:.3f} bits a byte "
                           f"(token frequencies alone: {unigram:.3f}, {unigram * bits:.3f})")
             return value
 
-        sent = None                                                            # one step ahead: the device never waits
-        for step in range(config.steps):
+        def save(step):
+            """A checkpoint, after the metrics of all steps before it are on disk."""
+            metrics.flush()
+            os.fsync(metrics.fileno())
+            checkpoints.save(out, checkpoints.Checkpoint(step, config, encoding, digest, params, opt_state))
+            return step
+
+        saved = save(start) if start == 0 else start
+        sent = recorded = None                                                 # one step ahead: the device never waits
+        for step in range(start, config.steps):
             batch = data.batch(tokens, config.length, config.batch, config.seed, step)
             params, opt_state, values = train.train_step(params, opt_state, constants, batch, config)
             if sent:
-                record(*sent)
-            sent = step, values
-            if step == 0 or (step + 1) % max(config.steps // 4, 1) == 0 and step + 1 < config.steps:
-                record(*sent)
-                sent = None
-                if step:
-                    evaluate(step + 1, 4 * config.batch)
-                    progress.rest()
-        if sent:
-            record(*sent)
-        value = evaluate(config.steps, 64 * config.batch)
+                recorded = record(*sent)
+            sent, done = (step, values), step + 1
+            evaluating = done % max(config.steps // 4, 1) == 0 or done == config.steps
+            saving = done % config.save_every == 0 or done == config.steps or stop
+            if step == start or evaluating or saving:
+                recorded, sent = record(*sent), None
+            if evaluating:
+                value = evaluate(done, (64 if done == config.steps else 4) * config.batch)
+            if saving:
+                saved = save(done)
+            if stop and done < config.steps:
+                print(progress.last_words(f"stopped and saved after step {done} of {config.steps}; to go on: {resume_with}"),
+                      file=sys.stderr)
+                sys.exit(128 + stop[0])
+            if evaluating or saving:
+                progress.rest()
 
     print(f"\nheld out {value:.3f} nats a token, {value * bits:.3f} bits a byte, after {config.steps} steps, "
           f"{time.perf_counter() - started:.0f} s; token frequencies alone {unigram:.3f}; {out}\n")
-    prompt = held_out[:min(16, config.length // 2)].tolist()
-    text = encoding.decode(prompt + list(train.sample(params, constants, prompt, 120, config, temperature=0.8)))
-    print("A sample, from a held-out beginning:\n\n" + text)
+    print("A sample, from a held-out beginning:\n")
+    show_sample(checkpoints.Model(config, params, constants, encoding), held_out[:min(16, config.length // 2)].tolist(), 120)
+
+
+def resume(folder, flags):
+    """Goes on with the run in a folder from its newest usable checkpoint, as if it had never stopped."""
+    from minitf import checkpoint as checkpoints
+    from minitf.errors import require
+    require(folder.is_dir(), f"{folder} is not a folder")
+    lock = checkpoints.lock(folder)
+    checkpoint, unusable = checkpoints.newest(folder)
+    for path, problem in unusable:
+        print(f"run.py: {problem}; falling back to the one of step {checkpoint.step}", file=sys.stderr)
+    changed = [name for name in flags if name not in MAY_CHANGE and flags[name] != getattr(checkpoint.config, name, None)]
+    refuse_others(changed, MAY_CHANGE, f"cannot change on resuming; {', '.join(MAY_CHANGE)} can")
+    config = replace(checkpoint.config, **{name: flags[name] for name in flags if name in MAY_CHANGE})
+    require(config.steps > checkpoint.step, f"{folder} is trained: {checkpoint.step} of {config.steps} steps; "
+            "more --steps would go on")
+    for path, _ in unusable:                                                   # kept for whoever wants to know why
+        path.rename(path.with_suffix(".unusable"))
+    checkpoints.rewind(folder / "metrics.jsonl", checkpoint.step)
+    train(config, folder, checkpoint)
+
+
+def sample(folder, flags):
+    """Streams the prompt and what the model makes of it."""
+    from minitf.checkpoint import load_model
+    from minitf.config import Sampling
+    refuse_others(flags, [each.name for each in fields(Sampling)], "cannot be given with --sample")
+    sampling = Sampling(**flags)
+    try:
+        sampling.prompt.encode()
+    except UnicodeEncodeError:
+        raise ValueError("prompt is not UTF-8 text") from None
+    trained = load_model(folder)
+    prompt = trained.encoding.encode(sampling.prompt, disallowed_special=())
+    sys.stdout.reconfigure(encoding="utf-8")
+    show_sample(trained, prompt, sampling.tokens, sampling.seed, sampling.temperature, sampling.top_k)
+
+
+def show_sample(trained, prompt, count, seed=0, temperature=0.8, top_k=None):
+    """Prints the prompt's tokens and `count` drawn after them, each as soon as it is there."""
+    from itertools import chain
+    from minitf import decode
+    from minitf.show import stream
+    config, params, constants, encoding = trained
+    drawn = decode.sample(params, constants, prompt, count, config, seed, temperature, top_k)
+    stream(chain(prompt, drawn), encoding, lambda text: print(text, end="", flush=True))
+    print(flush=True)
+
+
+def evaluate(folder, flags):
+    """Prints the loss on a text, every token but the first predicted once; by default on the run's own held-out text."""
+    from minitf import data, train
+    from minitf.checkpoint import load_model
+    refuse_others(flags, ["data"], "cannot be given with --eval")
+    config, params, constants, encoding = load_model(folder)
+    if "data" in flags:
+        tokens = data.encode([data.read_text(path) for path in data.find_files(flags["data"])], encoding)
+    else:
+        _, tokens = data.load(config.data or str(DATA), encoding, config.length)
+    nats = train.total_loss(params, constants, *data.all_windows(tokens, config.length), config)
+    count, size = len(tokens) - 1, data.bytes_per_token(tokens[1:], encoding) * (len(tokens) - 1)
+    print(f"{count:,} tokens, {size:,.0f} bytes: {nats / count:.4f} nats a token, {nats / size / math.log(2):.4f} bits a byte, "
+          f"perplexity {math.exp(min(nats / count, 700)):.4g}")
+
+
+@contextmanager
+def stop_signals():
+    """A list that gains the first SIGINT or SIGTERM, for the loop to see; a second one does what it always does."""
+    received, before = [], {}
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+    def receive(number, _):
+        received.append(number)
+        restore()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, receive)
+    try:
+        yield received
+    finally:
+        restore()
 
 
 def reachable(config):
@@ -125,6 +267,16 @@ def reachable(config):
         print(f"note: {error}; taking that")
         return replace(config, **{error.target: error.best})
     return config
+
+
+def require_memory(config, vocabulary):
+    """ValueError if parameters, optimizer state, biases and a batch's activations, at the least, exceed the machine's memory."""
+    from minitf.errors import require
+    d, length, depth = config.width, config.length, config.depth
+    numbers = 3 * (12 * d * d * depth + 2 * d * vocabulary) + depth * length**2 + config.batch * length * (vocabulary + d * depth)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    require(4 * numbers < memory, f"this needs {4 * numbers / 2**30:,.0f} GiB of memory at the least, there are "
+            f"{memory / 2**30:.0f}: a smaller depth, width, length or batch is needed")
 
 
 def require_new(out):
@@ -148,92 +300,6 @@ def make_folder(out, name):
                 return out
     except OSError as error:
         raise ValueError(f"cannot create {error.filename}: {error.strerror}") from None
-
-
-# --- What a person sees ---------------------------------------------------------------------------------------------------
-
-def describe(config, params, tokens, held_out, encoding, out):
-    """What is about to be trained, in five lines."""
-    import jax
-    from minitf import model
-    count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    skips = "no skips" if config.alpha == 0 else f"skips {config.alpha:.3g} + {config.beta:.3g}"
-    norms = "no norms" if config.norm == "none" else f"{config.norm} norms"
-    target = {"espa": f", gamma {config.gamma:g}", "uspa": f", rho {config.rho:g}"}.get(config.attn, "")
-    rescale = f", rescale {config.rescale}" if target else ""
-    phi = model.activation(config)
-    shape = f"slope {phi.slope:.4f}" if phi.name.endswith("relu") else \
-        f"{phi.output_scale:.3f} phi({phi.input_scale:.3f} x {phi.input_shift:+.3f}) {phi.output_scale * phi.output_shift:+.3f}"
-    print(f"model       {config.depth} blocks, width {config.width}, {config.heads} heads, {skips}, {norms}: "
-          f"{count:,} parameters\n"
-          f"attention   {config.attn}{target}{rescale}, positions {config.position}\n"
-          f"activation  {phi.name}, {shape}, transform {config.transform}\n"
-          f"data        {len(tokens):,} tokens of {encoding.n_vocab:,}, r = {config.repeat_rate:.4f}; "
-          f"held out {len(held_out):,}\n"
-          f"training    {config.steps} steps of {config.batch} x {config.length} tokens, {config.optimizer} at "
-          f"{config.learning_rate:.3g}, {model.compute_dtype(config)} on {jax.devices()[0].device_kind}; {out}")
-
-
-class Progress:
-    """The line that tells how far a run is: updated in place on a terminal, now and then a line of its own elsewhere."""
-
-    def __init__(self, config):
-        self.steps, self.tokens, self.width = config.steps, config.batch * config.length, 0
-        self.terminal = sys.stdout.isatty()
-        self.every = 1 if self.terminal else max(config.steps // 20, 1)
-        self.rest()
-        self.seconds = None                                                    # of a step, smoothed
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        if self.width:
-            print()
-
-    def rest(self):
-        """Time spent on something else does not count."""
-        self.clock = time.perf_counter()
-
-    def step_done(self):
-        """Tokens a second of the step just finished."""
-        now = time.perf_counter()
-        last, self.clock = now - self.clock, now
-        self.first, first = False, getattr(self, "first", True)                # it is all compilation
-        if not first:
-            self.seconds = last if self.seconds is None else 0.9 * self.seconds + 0.1 * last
-        return round(self.tokens / last, 1)
-
-    def show(self, line):
-        step = line["step"] + 1
-        if step % self.every and step not in (1, self.steps):
-            return
-        rate = "" if self.seconds is None else \
-            f"  {self.tokens / self.seconds:,.0f} tokens/s  {clock(self.seconds * (self.steps - step))} left"
-        self.write(f"step {step}/{self.steps}  loss {line['loss']:.3f}{rate}")
-
-    def note(self, text):
-        """A line that stays."""
-        self.write(text)
-        if self.terminal:
-            print()
-            self.width = 0
-
-    def last_words(self, text):
-        self.__exit__()
-        return "run.py: " + text
-
-    def write(self, text):
-        if not self.terminal:
-            print(text, flush=True)
-            return
-        print("\r" + text.ljust(self.width), end="", flush=True)
-        self.width = len(text)
-
-
-def clock(seconds):
-    return f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02}:{int(seconds % 60):02}" if seconds >= 3600 else \
-        f"{int(seconds // 60)}:{int(seconds % 60):02}"
 
 
 if __name__ == "__main__":

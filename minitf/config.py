@@ -1,6 +1,7 @@
 """The configuration: one frozen dataclass, whose fields are run.py's flags."""
 from dataclasses import dataclass, field, fields
 from math import inf, isfinite, sqrt
+from typing import get_args
 
 from . import activations
 from .errors import require
@@ -39,8 +40,8 @@ class Config:
     rescale: str = flag("expected", "positions' mean square: held at 1, or the paper's row sums alone", "expected", "plain")
     repeat_rate: float | None = flag(None, "chance that two tokens are equal; default: that of the training tokens",
                                      low=0, below=1)
-    alpha: float | None = flag(None, "weight of the skips", low=0)
-    beta: float | None = flag(None, "weight of the branches; with alpha alone: sqrt(1 - alpha^2)", low=0)
+    alpha: float | None = flag(None, "weight of the skips", low=0, high=100)
+    beta: float | None = flag(None, "weight of the branches; with alpha alone: sqrt(1 - alpha^2)", low=0, high=100)
     norm: str | None = flag(None, "normalisation before each branch", "none", "layer", "rms")
     act: str | None = flag(None, "activation", *activations.NAMES)
     transform: str | None = flag(None, "its transformation", *activations.TRANSFORMS)
@@ -50,7 +51,8 @@ class Config:
     init: str | None = flag(None, "initialisation of weights", "orthogonal", "gaussian")
     position: str = flag("rope", "position encoding", "rope", "sinusoidal", "learned", "none")
     batch: int = flag(16, "sequences a step", low=1)
-    steps: int = flag(400, "training steps", low=1)
+    steps: int = flag(400, "training steps", low=1, high=2**31 - 1)
+    save_every: int | None = flag(None, "steps between checkpoints; default: a fifth of the steps", low=1)
     optimizer: str | None = flag(None, "optimizer", "muon", "adamw")
     learning_rate: float | None = flag(None, "peak learning rate; default: what suits block, optimizer and size",
                                        above=0)
@@ -64,7 +66,7 @@ class Config:
 
     def __post_init__(self):
         for each in fields(self):
-            validate(each.name, getattr(self, each.name), each.metadata, each.default is None)
+            validate(self, each)
         preset = dict(BLOCKS[self.block])
         if self.alpha is not None and self.beta is None:
             require(self.alpha <= 1, f"alpha must be at most 1 when beta is left to it, not {self.alpha:g}")
@@ -76,6 +78,8 @@ class Config:
             object.__setattr__(self, "learning_rate", default_learning_rate(self))
         if self.warmup is None:
             object.__setattr__(self, "warmup", self.steps // 20)
+        if self.save_every is None:
+            object.__setattr__(self, "save_every", max(self.steps // 5, 1))
         require(self.width % self.heads == 0,
                 f"width must be a multiple of heads: {self.width} is not one of {self.heads}")
         require(self.position != "rope" or self.width // self.heads % 2 == 0,
@@ -88,10 +92,33 @@ class Config:
         require(self.beta > 0, "beta must be above 0: the branches are all that there is to train")
 
 
-def validate(name, value, limits, optional):
-    """ValueError unless the value is of the field's kind and within its limits."""
-    if value is None and optional:
+@dataclass(frozen=True)
+class Sampling:
+    """How text is drawn from a trained model; raises ValueError as Config does."""
+    prompt: str = flag("\n", "what the text begins with; default: a line break")
+    tokens: int = flag(120, "how many to draw", low=1)
+    temperature: float = flag(0.8, "divides the logits; 0: always the most likely token", low=0)
+    top_k: int | None = flag(None, "draws among the most likely K only", low=1)
+    seed: int = flag(0, "of what is drawn", low=0, high=2**31 - 1)
+
+    def __post_init__(self):
+        for each in fields(self):
+            validate(self, each)
+
+
+def kind(each):
+    """The type of a field's values other than None."""
+    return (get_args(each.type) or [each.type])[0]
+
+
+def validate(configuration, each):
+    """ValueError unless the value of the field is of its type and within its limits."""
+    name, value, limits = each.name, getattr(configuration, each.name), each.metadata
+    if value is None and each.default is None:
         return
+    allowed_types = (int, float) if kind(each) is float else kind(each)
+    require(isinstance(value, allowed_types) and not isinstance(value, bool),
+            f"{name} must be of type {kind(each).__name__}, not {value!r}")
     if limits["choices"]:
         require(value in limits["choices"], f"{name} must be one of {', '.join(limits['choices'])}, not {value!r}")
     elif not isinstance(value, str):

@@ -2,14 +2,18 @@
 import base64
 import binascii
 import glob
+import hashlib
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import regex                                              # what tiktoken depends on
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from .errors import require
+
+RANK_FILE_BYTES = 2**26                                   # the largest in use has 2**22
 
 
 # --- Text and encodings ---------------------------------------------------------------------------------------------
@@ -33,6 +37,8 @@ def find_files(names):
 def read_text(path):
     """The file's text; ValueError where it cannot be read or is not UTF-8 text."""
     try:
+        with open(path, "rb") as file:                    # a file of zeros may have any size: not to be read at all
+            require(b"\0" not in file.read(2**16), f"{path} is not text: it has NUL characters")
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8 text") from None
@@ -55,6 +61,7 @@ def load_encoding(name):
             raise ValueError(f"encoding {name} cannot be loaded: {type(error).__name__}; give a rank file's path") from None
     path = Path(name)
     require(path.is_file(), f"no encoding {name}: allowed are a rank file's path, {', '.join(tiktoken.list_encoding_names())}")
+    require(path.stat().st_size < RANK_FILE_BYTES, f"{name} is too large for a rank file")
     ranks = {}
     try:
         for line in path.read_bytes().splitlines():
@@ -65,8 +72,19 @@ def load_encoding(name):
     except OSError as error:
         raise ValueError(f"{name} cannot be read: {error.strerror}") from None
     require(sorted(ranks.values()) == list(range(len(ranks))), f"{name} is not a rank file: ranks must be 0 to n - 1, each once")
-    require(all(bytes([byte]) in ranks for byte in range(256)), f"{name} is not a rank file: it lacks some single bytes")
-    return tiktoken.Encoding(path.stem, pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={})
+    return make_encoding(path.stem, ranks, r50k_pat_str, {})
+
+
+def make_encoding(name, ranks, pattern, special_tokens):
+    """A tiktoken.Encoding; ValueError unless it can encode any text: tiktoken itself would panic, or lose some of it."""
+    every = [*ranks.values(), *special_tokens.values()]
+    require(all(bytes([byte]) in ranks for byte in range(256)), f"{name} is not an encoding: it lacks some single bytes")
+    require(all(ranks) and len(set(every)) == len(every) and min(every) >= 0,
+            f"{name} is not an encoding: tokens must not be empty, nor ranks shared or negative")
+    require(regex.match(pattern, "") is None, f"{name} is not an encoding: its pattern splits text into nothing")
+    encoding, probe = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens), "A b, 1é\n"
+    require(encoding.decode(encoding.encode(probe)) == probe, f"{name} is not an encoding: its pattern loses text")
+    return encoding
 
 
 def encode(texts, encoding):
@@ -78,10 +96,16 @@ def encode(texts, encoding):
 def load(names, encoding, length):
     """(train, held_out): the tokens of the named text, its last tenth held out. Each must fill one window at least."""
     tokens = encode([read_text(path) for path in find_files(names)], encoding)
+    require((tokens != tokens[:1]).any(), "data is one token again and again: there is nothing to learn")
     train, held_out = np.split(tokens, [len(tokens) * 9 // 10])
     require(len(held_out) > length,
             f"data is too short: {len(tokens)} tokens, but a held-out tenth of more than {length} is needed")
     return train, held_out
+
+
+def digest(tokens):
+    """SHA-256 of tokens, in hexadecimal: a run that is taken up again must have the same."""
+    return hashlib.sha256(tokens.astype("<u4").tobytes()).hexdigest()
 
 
 # --- Statistics -------------------------------------------------------------------------------------------------------
@@ -127,3 +151,15 @@ def spread_windows(tokens, length, count):
     windows = (len(tokens) - 1) // length
     starts = np.unique(np.linspace(0, windows - 1, min(count, windows)).astype(int)) * length
     return tokens[starts[:, None] + np.arange(length + 1)].astype(np.int32)
+
+
+def all_windows(tokens, length):
+    """Windows that predict every token but the first once: (n, length + 1) of int32, and which targets count, (n, length).
+
+    The last window is padded where the tokens end within it.
+    """
+    require(len(tokens) > 1, f"at least two tokens are needed, to predict one from the other, not {len(tokens)}")
+    windows = -(-(len(tokens) - 1) // length)
+    padded = np.pad(tokens.astype(np.int32), (0, windows * length + 1 - len(tokens)))
+    index = np.arange(windows)[:, None] * length + np.arange(length + 1)
+    return padded[index], index[:, 1:] < len(tokens)

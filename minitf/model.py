@@ -15,20 +15,25 @@ EXACT_LENGTH = 1024                       # positions over which the recursion o
 # --- The forward pass, written for one sequence; "..." is a batch, or nothing -------------------------------------------
 
 def forward(params, constants, tokens, config):
-    """tokens (..., T) of integers -> logits (..., T, V) in float32."""
+    """tokens (..., T) of integers -> logits (..., T, V) in float32. Token by token: decode.py."""
     x = embed(params, tokens, config)                                                       # (..., T, d)
     x, _ = jax.lax.scan(lambda x, layer: (block(x, *layer, config), None), x, (params["blocks"], constants))
     return unembed(params, x, config)
 
 
-def embed(params, tokens, config):
-    """tokens (..., T) -> x (..., T, d), of mean square 1 at initialisation."""
-    x, length = params["embed"][tokens], tokens.shape[-1]
+def embed(params, tokens, config, start=0):
+    """tokens (..., S) at positions from `start` -> x (..., S, d), of mean square 1 at initialisation."""
+    x, count = params["embed"][tokens], tokens.shape[-1]                                    # (..., S, d)
     if config.position == "sinusoidal":
-        x = (x + sinusoids(length, config.width)) / np.sqrt(2)
+        x = (x + rows(sinusoids(config.length, config.width), start, count)) / np.sqrt(2)
     if config.position == "learned":
-        x = (x + params["position"][:length]) / np.sqrt(2)
+        x = (x + rows(params["position"], start, count)) / np.sqrt(2)
     return x.astype(compute_dtype(config))
+
+
+def rows(table, start, count):
+    """`count` rows of a table (T, ...) from `start`, which may be traced."""
+    return jax.lax.dynamic_slice_in_dim(jnp.asarray(table), start, count)
 
 
 def block(x, weights, constants, config):
@@ -51,27 +56,37 @@ def linear(x, matrix):
 
 def attention(x, weights, constants, config):
     """All heads of one layer: x (..., T, d), as what returns."""
-    heads = lambda name: linear(x, weights[name]).reshape(*x.shape[:-1], config.heads, -1)  # (..., T, H, k)
+    q, k, v = project(x, weights, config)
+    return merge(v, attend(q, k, v, **constants), weights, config)
+
+
+def project(x, weights, config, start=0):
+    """x (..., S, d) at positions from `start` -> queries, keys, values of the heads, each (..., S, H, k)."""
+    heads = lambda name: linear(x, weights[name]).reshape(*x.shape[:-1], config.heads, -1)
     q, k, v = heads("query"), heads("key"), heads("value")
-    if config.position == "rope":
-        q, k = rotate(q), rotate(k)
-    out = attend(q, k, v, **constants)                                                      # (..., T, H, k)
+    return (rotate(q, start, config.length), rotate(k, start, config.length), v) if config.position == "rope" else (q, k, v)
+
+
+def merge(v, attended, weights, config):
+    """What the heads attended to, (..., S, H, k), and their own values v -> (..., S, d)."""
     if config.attn == "vskip":
-        out = weights["vskip_alpha"][:, None] * v + weights["vskip_beta"][:, None] * out
-    return linear(out.reshape(x.shape), weights["output"])
+        attended = weights["vskip_alpha"][:, None] * v + weights["vskip_beta"][:, None] * attended
+    return linear(attended.reshape(*v.shape[:-2], -1), weights["output"])
 
 
-def attend(q, k, v, bias=None, rescale=None):
-    """Section 3: D softmax(mask(Q K^T / sqrt(d_k) + B)) V for each head; q, k, v (..., T, H, k), as what returns.
+def attend(q, k, v, bias=None, rescale=None, start=0):
+    """Section 3: D softmax(mask(Q K^T / sqrt(d_k) + B)) V for each head; q (..., S, H, k); k, v (..., T, H, k) -> as q.
 
-    bias: B, (T, T), -inf where j > i, for every head. rescale: D, (T,). Without them: causal, D = 1. The softmax is float32.
+    bias: B, (S, T), -inf where j > i, for every head. rescale: D, (S,). Without them: causal, D = 1. The softmax is float32.
+    The queries are those of positions from `start`; in the forward pass all, from 0.
     """
-    if jax.default_backend() == "gpu" and v.dtype == jnp.bfloat16 and v.shape[-1] % 8 == 0:
+    if jax.default_backend() == "gpu" and v.dtype == jnp.bfloat16 and v.shape[-1] % 8 == 0 and isinstance(start, int):
         out = attend_fused(q, k, v, bias)
     else:
         logits = jnp.einsum("...qhd,...khd->...hqk", q, k, preferred_element_type=jnp.float32) / np.sqrt(q.shape[-1])
         if bias is None:
-            bias = np.where(np.tri(q.shape[-3], dtype=bool), 0.0, -np.inf).astype(np.float32)
+            causal = start + np.arange(q.shape[-3])[:, None] >= np.arange(k.shape[-3])
+            bias = jnp.where(causal, 0.0, -jnp.inf)
         out = jnp.einsum("...hqk,...khd->...qhd", jax.nn.softmax(logits + bias).astype(v.dtype), v)
     return out if rescale is None else (rescale[:, None, None] * out).astype(v.dtype)
 
@@ -104,11 +119,14 @@ def norm(x, weights, name, config):
     return (y * weights[name]).astype(x.dtype)
 
 
-def rotate(x):
-    """Rotary position encoding (Su et al. 2021, arXiv 2104.09864) of x (..., T, H, k): pairs (i, i + k/2) turn with T."""
-    length, half = x.shape[-3], x.shape[-1] // 2
-    angle = np.arange(length)[:, None] * 10000.0 ** (-np.arange(half) / half)               # (T, k/2)
-    cos, sin = (f(angle)[:, None].astype(x.dtype) for f in (np.cos, np.sin))
+def rotate(x, start=0, length=None):
+    """Rotary position encoding (Su et al. 2021, arXiv 2104.09864), x (..., S, H, k): pairs (i, i + k/2) turn with position.
+
+    Where `start` is traced, `length` must say how many positions there are: their angles are tabulated in float64.
+    """
+    count, half = x.shape[-3], x.shape[-1] // 2
+    angle = np.arange(length or count)[:, None] * 10000.0 ** (-np.arange(half) / half)      # (T, k/2)
+    cos, sin = (rows(f(angle)[:, None].astype(x.dtype), start, count) for f in (np.cos, np.sin))
     a, b = x[..., :half], x[..., half:]
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
 

@@ -1,4 +1,4 @@
-"""Training: loss, optimizer, one compiled step, held-out loss, samples."""
+"""Training: loss, optimizer, one compiled step, held-out loss."""
 from functools import partial
 
 import jax
@@ -14,8 +14,13 @@ MATRICES = ("query", "key", "value", "output", "up", "down")
 
 def loss(params, constants, batch, config):
     """Mean cross-entropy in nats per token; batch (B, T + 1) of tokens."""
+    return token_losses(params, constants, batch, config).mean()
+
+
+def token_losses(params, constants, batch, config):
+    """Cross-entropy in nats of each target: batch (B, T + 1) -> (B, T)."""
     logits = model.forward(params, constants, batch[:, :-1], config)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:]).mean()
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:])
 
 
 def make_schedule(config):
@@ -42,14 +47,30 @@ def make_optimizer(config):
 
 @partial(jax.jit, static_argnames="config", donate_argnums=(0, 1))
 def train_step(params, opt_state, constants, batch, config):
-    """One update: (params, opt_state, {"loss", "grad_norm"}), the loss before it. The old buffers are given up."""
+    """One update: (params, opt_state, {"loss", "grad_norm", "grad_norms"}), the loss before it. The old buffers are given up.
+
+    grad_norm is before clipping; grad_norms has one for each parameter, in their tree.
+    """
     value, gradient = jax.value_and_grad(loss)(params, constants, batch, config)
     updates, opt_state = make_optimizer(config).update(gradient, opt_state, params)
-    metrics = {"loss": value, "grad_norm": optax.global_norm(gradient)}
+    metrics = {"loss": value, "grad_norm": optax.global_norm(gradient),
+               "grad_norms": jax.tree.map(optax.global_norm, gradient)}
     return optax.apply_updates(params, updates), opt_state, metrics
 
 
-evaluate_batch = jax.jit(loss, static_argnames="config")
+def named_leaves(tree):
+    """[(name, leaf)]: "blocks/query" and so on."""
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def largest_gradient(norms):
+    """(name, norm) of the parameter with the largest gradient; one that is not a number counts as the largest."""
+    return max(((name, float(norm)) for name, norm in named_leaves(norms)),
+               key=lambda pair: pair[1] if np.isfinite(pair[1]) else np.inf)
+
+
+evaluate_batch, evaluate_tokens = (jax.jit(f, static_argnames="config") for f in (loss, token_losses))
 
 
 def evaluate(params, constants, windows, config):
@@ -59,20 +80,10 @@ def evaluate(params, constants, windows, config):
     return float(np.mean([evaluate_batch(params, constants, batch, config) for batch in whole]))
 
 
-def sample(params, constants, tokens, count, config, seed=0, temperature=1.0):
-    """`count` tokens drawn after the given ones (a list, not empty); a context beyond config.length is cut to its last half."""
-    key, context = jax.random.key(seed), list(tokens)[-config.length:]
-    for step in range(count):
-        if len(context) == config.length:
-            context = context[-(config.length // 2):]
-        padded = np.zeros(config.length, np.int32)                            # what comes later is masked
-        padded[:len(context)] = context
-        logits = next_logits(params, constants, padded, len(context) - 1, config)
-        context.append(int(jax.random.categorical(jax.random.fold_in(key, step), logits / temperature)))
-        yield context[-1]
-
-
-@partial(jax.jit, static_argnames="config")
-def next_logits(params, constants, tokens, position, config):
-    """Logits (V,) of the token after `position`, from tokens (T,)."""
-    return model.forward(params, constants, tokens, config)[position]
+def total_loss(params, constants, windows, counted, config):
+    """Sum of the losses in nats of the counted targets: windows (n, T + 1), counted (n, T); any n, batch by batch."""
+    spare = -len(windows) % config.batch                                       # one shape for all: compiled once
+    windows, counted = np.pad(windows, ((0, spare), (0, 0))), np.pad(counted, ((0, spare), (0, 0)))
+    parts = zip(windows.reshape(-1, config.batch, windows.shape[1]), counted.reshape(-1, config.batch, counted.shape[1]))
+    return sum(np.asarray(evaluate_tokens(params, constants, batch, config), np.float64)[of_these].sum()
+               for batch, of_these in parts)

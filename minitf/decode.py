@@ -1,0 +1,74 @@
+"""Decoding: one token after the other, with a cache of the keys and values of those before.
+
+Shapes as in model.py; S new tokens stand at positions start to start + S - 1, S <= T = config.length.
+"""
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import model
+from .errors import require
+
+
+def empty_cache(config):
+    """{"k", "v"}: the keys and values of every block and position, (L, T, H, k) each, none of them made yet."""
+    shape = config.depth, config.length, config.heads, config.width // config.heads
+    return {name: jnp.zeros(shape, model.compute_dtype(config)) for name in ("k", "v")}
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def decode(params, constants, cache, tokens, start, config):
+    """tokens (S,) -> (logits (S, V), cache): what the full forward pass gives at their positions, to rounding.
+
+    The cache must hold all positions before `start`. It gains the new ones; what it holds beyond them is not looked at,
+    so tokens may be padded. The old cache is given up.
+    """
+    x = model.embed(params, tokens, config, start)                                          # (S, d)
+    x, cache = jax.lax.scan(lambda x, layer: block(x, *layer, start, config), x, (params["blocks"], constants, cache))
+    return model.unembed(params, x, config), cache
+
+
+def block(x, weights, constants, cache, start, config):
+    """One block for new tokens: x (S, d) and its cache, (T, H, k) each -> the same, after the block."""
+    weights = jax.tree.map(lambda w: w.astype(x.dtype), weights)
+    q, k, v = model.project(model.norm(x, weights, "norm1", config), weights, config, start)
+    cache = {"k": jax.lax.dynamic_update_slice_in_dim(cache["k"], k, start, 0),
+             "v": jax.lax.dynamic_update_slice_in_dim(cache["v"], v, start, 0)}
+    own = {name: model.rows(table, start, len(x)) for name, table in constants.items()}     # B and D of the new rows
+    attended = model.attend(q, cache["k"], cache["v"], **own, start=start)
+    x = model.skip(x, model.merge(v, attended, weights, config), config)
+    return model.skip(x, model.mlp(model.norm(x, weights, "norm2", config), weights, config), config), cache
+
+
+@jax.jit
+def draw(key, logits, temperature, top_k):
+    """A token from logits (V,), among the top_k most likely; the most likely one at temperature 0."""
+    least = jnp.sort(logits, descending=True)[jnp.minimum(top_k, len(logits)) - 1]
+    scaled = jnp.where(logits >= least, logits, -jnp.inf) / jnp.where(temperature > 0, temperature, 1.0)
+    return jnp.where(temperature > 0, jax.random.categorical(key, scaled), jnp.argmax(logits))
+
+
+def sample(params, constants, tokens, count, config, seed=0, temperature=1.0, top_k=None):
+    """Yields `count` tokens drawn after the given ones (a list, not empty).
+
+    No position beyond the training length is ever used: neither learned positions nor what attention has learned is
+    known there. A context that fills it is cut to its last half and encoded anew from position 0, which holds for
+    every attention and position encoding, and costs one forward pass in T / 2 tokens.
+    """
+    require(len(tokens), "sampling needs a token to begin with: the prompt must not be empty")
+    key, context, cache = jax.random.key(seed), list(tokens), None
+    for step in range(count):
+        if cache is None or len(context) == config.length:
+            context = context if len(context) < config.length else context[-(config.length // 2):]
+            padded = np.zeros(config.length, np.int32)
+            padded[:len(context)] = context
+            logits, cache = decode(params, constants, empty_cache(config), padded, 0, config)
+            logits = logits[len(context) - 1]
+        else:
+            logits, cache = decode(params, constants, cache, np.array(context[-1:], np.int32), len(context) - 1, config)
+            logits = logits[0]
+        top = len(logits) if top_k is None else min(top_k, len(logits))
+        context.append(int(draw(jax.random.fold_in(key, step), logits, temperature, top)))
+        yield context[-1]
