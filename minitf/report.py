@@ -154,7 +154,7 @@ def plot(path, result, control, tokens, name):
         axis.set_xlabel("layer")
         axis.set_ylabel(label)
         axis.set_yscale(scale)
-    axes[3][0].legend(fontsize=8)
+    axes[3][1].legend(fontsize=8, loc="lower right")
     try:
         figure.savefig(path, dpi=100)
     except (OSError, ValueError) as error:
