@@ -26,18 +26,21 @@ def decode(params, constants, cache, tokens, start, config):
     so tokens may be padded. The old cache is given up.
     """
     x = model.embed(params, tokens, config, start)                                          # (S, d)
-    x, cache = jax.lax.scan(lambda x, layer: block(x, *layer, start, config), x, (params["blocks"], constants, cache))
+    own = jax.tree.map(lambda table: jax.lax.dynamic_slice_in_dim(table, start, len(tokens), 1), constants)
+    x, cache = jax.lax.scan(lambda x, layer: block(x, *layer, start, config), x, (params["blocks"], own, cache))
     return model.unembed(params, x, config), cache
 
 
 def block(x, weights, constants, cache, start, config):
-    """One block for new tokens: x (S, d) and its cache, (T, H, k) each -> the same, after the block."""
+    """One block for new tokens: x (S, d) and its cache, (T, H, k) each -> the same, after the block.
+
+    constants: the new positions' rows, bias (S, T) and rescale (S,).
+    """
     weights = jax.tree.map(lambda w: w.astype(x.dtype), weights)
     q, k, v = model.project(model.norm(x, weights, "norm1", config), weights, config, start)
     cache = {"k": jax.lax.dynamic_update_slice_in_dim(cache["k"], k, start, 0),
              "v": jax.lax.dynamic_update_slice_in_dim(cache["v"], v, start, 0)}
-    own = {name: model.rows(table, start, len(x)) for name, table in constants.items()}     # B and D of the new rows
-    attended = model.attend(q, cache["k"], cache["v"], **own, start=start)
+    attended = model.attend(q, cache["k"], cache["v"], **constants, start=start)
     x = model.skip(x, model.merge(v, attended, weights, config), config)
     return model.skip(x, model.mlp(model.norm(x, weights, "norm2", config), weights, config), config), cache
 

@@ -49,7 +49,15 @@ def saved(tmp_path_factory):
 
 def test_command_lines(capsys, monkeypatch):
     configurations = []
-    monkeypatch.setattr(run, "train", lambda config, out: configurations.append(config))
+
+    def all_but_training(config, out):
+        run.require_memory(config, 1024)
+        if config.depth * config.length**2 < 10**6:
+            assert all(np.isfinite(each).all() or name == "bias"
+                       for name, each in model.constants(run.reachable(config)).items()), config
+        configurations.append(config)
+
+    monkeypatch.setattr(run, "train", all_but_training)
     monkeypatch.chdir("/")
     draw, refused = random.Random(0), 0
     names = [each.name for each in (*fields(Config), *fields(Sampling))] + ["resume", "sample", "eval", "out", "none-such", ""]
