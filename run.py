@@ -38,7 +38,9 @@ def main(arguments=None):
         sys.exit(0 if modes["sample"] else 128 + signal.SIGPIPE)
     except OSError as error:
         parser.error(f"{error.filename or 'cannot write'}: {error.strerror}")
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
         parser.error("out of memory: a smaller --batch, --length or --width may help")
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)

@@ -57,9 +57,10 @@ def save(folder, checkpoint):
     meta = {"format": FORMAT, "step": step, "config": asdict(config), "digest": digest, "encoding": encoding.name,
             "pattern": encoding._pat_str, "special": encoding._special_tokens}
     arrays["meta"] = np.frombuffer(json.dumps(meta).encode(), np.uint8)
-    write(Path(folder) / f"checkpoint-{step:08}.npz", arrays | {"sha256": checksum(arrays)})
-    for old in [path for path in checkpoints(folder) if number(path) <= step][KEPT:]:
-        old.unlink()
+    write(Path(folder) / f"checkpoint-{step:08}.npz", lambda file: np.savez(file, **arrays, sha256=checksum(arrays)))
+    older = [path for path in checkpoints(folder) if number(path) <= step][KEPT:]
+    for path in [*older, *Path(folder).glob("checkpoint-*.part")]:              # the latter from a process that was killed
+        path.unlink()
 
 
 def checksum(arrays):
@@ -71,12 +72,12 @@ def checksum(arrays):
     return np.frombuffer(total.digest(), np.uint8)
 
 
-def write(path, arrays):
-    """Under a name of its own until all is on disk, then renamed, then the name is on disk: a crash leaves old or new."""
+def write(path, fill):
+    """fill(file) under another name until all is on disk, then renamed, and the name too: a crash leaves old or new."""
     beside = path.with_name(path.name + ".part")
     try:
         with open(beside, "wb") as file:
-            np.savez(file, **arrays)
+            fill(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
@@ -98,9 +99,7 @@ def rewind(metrics, step):
             return False
 
     lines = metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else []
-    beside = metrics.with_name(metrics.name + ".part")
-    beside.write_bytes(b"".join(line for line in lines if line.endswith(b"\n") and belongs(line)))
-    os.replace(beside, metrics)
+    write(metrics, lambda file: file.writelines(line for line in lines if line.endswith(b"\n") and belongs(line)))
 
 
 def lock(folder):
