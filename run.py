@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-os.environ.setdefault("NPROC", str(max(8, os.cpu_count() or 1)))           # XLA's CPU threads: a pool of two was seen to deadlock
+os.environ.setdefault("NPROC", str(max(4, os.cpu_count() or 1)))           # XLA's CPU threads: a pool of two was seen to deadlock
 HERE = Path(__file__).parent
 DATA, ENCODING = HERE / "data/shakespeare.txt", HERE / "data/shakespeare.tiktoken"
 MAY_CHANGE = "steps", "learning_rate", "save_every", "data"                # on resuming; the data's tokens must be the same

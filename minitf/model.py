@@ -12,22 +12,22 @@ from . import activations, spa
 EXACT_LENGTH = 1024                       # positions over which the recursion of section 4, O(T^3) a layer, is run
 
 
-# --- The forward pass --------------------------------------------------------------------------------------------------
+# --- The forward pass, written for one sequence; "..." is a batch, or nothing -------------------------------------------
 
 def forward(params, constants, tokens, config):
-    """tokens (T,) of integers -> logits (T, V) in float32. Batches: jax.vmap over tokens. One at a time: decode.py."""
-    x = embed(params, tokens, config)                                                       # (T, d)
+    """tokens (..., T) of integers -> logits (..., T, V) in float32. Token by token: decode.py."""
+    x = embed(params, tokens, config)                                                       # (..., T, d)
     x, _ = jax.lax.scan(lambda x, layer: (block(x, *layer, config), None), x, (params["blocks"], constants))
     return unembed(params, x, config)
 
 
 def embed(params, tokens, config, start=0):
-    """tokens (S,) at positions from `start` -> x (S, d), of mean square 1 at initialisation."""
-    x = params["embed"][tokens]                                                             # (S, d)
+    """tokens (..., S) at positions from `start` -> x (..., S, d), of mean square 1 at initialisation."""
+    x, count = params["embed"][tokens], tokens.shape[-1]                                    # (..., S, d)
     if config.position == "sinusoidal":
-        x = (x + rows(sinusoids(config.length, config.width), start, len(tokens))) / np.sqrt(2)
+        x = (x + rows(sinusoids(config.length, config.width), start, count)) / np.sqrt(2)
     if config.position == "learned":
-        x = (x + rows(params["position"], start, len(tokens))) / np.sqrt(2)
+        x = (x + rows(params["position"], start, count)) / np.sqrt(2)
     return x.astype(compute_dtype(config))
 
 
@@ -37,7 +37,7 @@ def rows(table, start, count):
 
 
 def block(x, weights, constants, config):
-    """Section 2: X^ = alpha X + beta MHA(Norm(X)), X' = alpha X^ + beta MLP(Norm(X^)); x (T, d) -> (T, d)."""
+    """Section 2: X^ = alpha X + beta MHA(Norm(X)), X' = alpha X^ + beta MLP(Norm(X^)); x (..., T, d), as what returns."""
     weights = jax.tree.map(lambda w: w.astype(x.dtype), weights)
     x = skip(x, attention(norm(x, weights, "norm1", config), weights, constants, config), config)
     x = skip(x, mlp(norm(x, weights, "norm2", config), weights, config), config)
@@ -49,53 +49,67 @@ def skip(x, branch, config):
     return config.beta * branch if config.alpha == 0 else config.alpha * x + config.beta * branch
 
 
+def linear(x, matrix):
+    """x W for x (..., in), W (in, out). One product of two matrices: their gradients take a CPU a third of the time."""
+    return (x.reshape(-1, x.shape[-1]) @ matrix).reshape(*x.shape[:-1], -1)
+
+
 def attention(x, weights, constants, config):
-    """All heads of one layer: x (T, d) -> (T, d)."""
+    """All heads of one layer: x (..., T, d), as what returns."""
     q, k, v = project(x, weights, config)
     return merge(v, attend(q, k, v, **constants), weights, config)
 
 
 def project(x, weights, config, start=0):
-    """x (S, d) at positions from `start` -> queries, keys, values of the heads, each (S, H, k)."""
-    q, k, v = ((x @ weights[name]).reshape(len(x), config.heads, -1) for name in ("query", "key", "value"))
+    """x (..., S, d) at positions from `start` -> queries, keys, values of the heads, each (..., S, H, k)."""
+    heads = lambda name: linear(x, weights[name]).reshape(*x.shape[:-1], config.heads, -1)
+    q, k, v = heads("query"), heads("key"), heads("value")
     return (rotate(q, start, config.length), rotate(k, start, config.length), v) if config.position == "rope" else (q, k, v)
 
 
 def merge(v, attended, weights, config):
-    """What the heads attended to, (S, H, k), and their own values v -> (S, d)."""
+    """What the heads attended to, (..., S, H, k), and their own values v -> (..., S, d)."""
     if config.attn == "vskip":
         attended = weights["vskip_alpha"][:, None] * v + weights["vskip_beta"][:, None] * attended
-    return attended.reshape(len(v), -1) @ weights["output"]
+    return linear(attended.reshape(*v.shape[:-2], -1), weights["output"])
 
 
 def attend(q, k, v, bias=None, rescale=None, start=0):
-    """Section 3: D softmax(mask(Q K^T / sqrt(d_k) + B)) V for each head, causal; q (S, H, k), k and v (T, H, k) -> (S, H, k).
+    """Section 3: D softmax(mask(Q K^T / sqrt(d_k) + B)) V for each head; q (..., S, H, k); k, v (..., T, H, k) -> as q.
 
-    bias: B, (S, T), added to every head's logits. rescale: D, (S,). Either may be absent. The softmax is float32.
-    The queries are those of positions from `start`; as many as keys, from 0, in the forward pass.
+    bias: B, (S, T), -inf where j > i, for every head. rescale: D, (S,). Without them: causal, D = 1. The softmax is float32.
+    The queries are those of positions from `start`; in the forward pass all, from 0.
     """
-    logits = jnp.einsum("qhd,khd->hqk", q, k, preferred_element_type=jnp.float32) / np.sqrt(q.shape[-1])
-    if bias is not None:
-        logits = logits + bias
-    causal = start + np.arange(len(q))[:, None] >= np.arange(len(k))
-    logits = jnp.where(causal, logits, -jnp.inf)
-    out = jnp.einsum("hqk,khd->qhd", jax.nn.softmax(logits).astype(v.dtype), v)
+    if jax.default_backend() == "gpu" and v.dtype == jnp.bfloat16 and v.shape[-1] % 8 == 0 and isinstance(start, int):
+        out = attend_fused(q, k, v, bias)
+    else:
+        logits = jnp.einsum("...qhd,...khd->...hqk", q, k, preferred_element_type=jnp.float32) / np.sqrt(q.shape[-1])
+        if bias is None:
+            causal = start + np.arange(q.shape[-3])[:, None] >= np.arange(k.shape[-3])
+            bias = jnp.where(causal, 0.0, -jnp.inf)
+        out = jnp.einsum("...hqk,...khd->...qhd", jax.nn.softmax(logits + bias).astype(v.dtype), v)
     return out if rescale is None else (rescale[:, None, None] * out).astype(v.dtype)
 
 
+def attend_fused(q, k, v, bias):
+    """The same softmax and sum by cuDNN's flash attention, for bfloat16: the bias, too, is rounded to it."""
+    if bias is not None:
+        bias = jnp.tril(bias).astype(v.dtype)[None, None]                                   # is_causal does the mask
+    return jax.nn.dot_product_attention(q, k, v, bias, is_causal=True, implementation="cudnn")
+
+
 def mlp(x, weights, config):
-    """One non-linearity between d -> 4d and 4d -> d: x (T, d) -> (T, d)."""
-    return activation(config)(x @ weights["up"]) @ weights["down"]
+    """One non-linearity between d -> 4d and 4d -> d: x (..., T, d), as what returns."""
+    return linear(activation(config)(linear(x, weights["up"])), weights["down"])
 
 
 def unembed(params, x, config):
-    """x (T, d) -> logits (T, V), float32."""
-    x = norm(x, params, "norm", config)
-    return jnp.matmul(x, params["head"].astype(x.dtype), preferred_element_type=jnp.float32)
+    """x (..., T, d) -> logits (..., T, V), float32."""
+    return linear(norm(x, params, "norm", config), params["head"].astype(x.dtype)).astype(jnp.float32)
 
 
 def norm(x, weights, name, config):
-    """The configured normalisation of x (T, d) over features, in float32, with a trained gain; identity for "none"."""
+    """The configured normalisation of x (..., d) over features, in float32, with a trained gain; identity for "none"."""
     if config.norm == "none":
         return x
     y = x.astype(jnp.float32)
@@ -106,13 +120,13 @@ def norm(x, weights, name, config):
 
 
 def rotate(x, start=0, length=None):
-    """Rotary position encoding (Su et al. 2021, arXiv 2104.09864) of x (S, H, k): pairs (i, i + k/2) turn with position.
+    """Rotary position encoding (Su et al. 2021, arXiv 2104.09864), x (..., S, H, k): pairs (i, i + k/2) turn with position.
 
     Where `start` is traced, `length` must say how many positions there are: their angles are tabulated in float64.
     """
-    half = x.shape[-1] // 2
-    angle = np.arange(length or len(x))[:, None] * 10000.0 ** (-np.arange(half) / half)     # (T, k/2)
-    cos, sin = (rows(f(angle)[:, None].astype(x.dtype), start, len(x)) for f in (np.cos, np.sin))
+    count, half = x.shape[-3], x.shape[-1] // 2
+    angle = np.arange(length or count)[:, None] * 10000.0 ** (-np.arange(half) / half)      # (T, k/2)
+    cos, sin = (rows(f(angle)[:, None].astype(x.dtype), start, count) for f in (np.cos, np.sin))
     a, b = x[..., :half], x[..., half:]
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
 
@@ -163,8 +177,10 @@ def init(key, config, vocabulary):
         "up": matrix(d, 4 * d),
         "down": matrix(4 * d, d, branch),
     }
-    # A head of zeros starts at the loss of a uniform guess, and leaves no random logits to be unlearned first.
-    params = {"embed": gaussian(vocabulary, d), "blocks": blocks, "head": jnp.zeros((d, vocabulary))}
+    # Without norms the tokens of the last layer are alike: a random head would give all of them the same wrong logits,
+    # to be unlearned first, so it starts at zero. With a final norm the customary random one learns faster.
+    head = gaussian(d, vocabulary, std=d**-0.5 if config.norm != "none" else 0.0)
+    params = {"embed": gaussian(vocabulary, d), "blocks": blocks, "head": head}
     if config.attn == "vskip":                                                              # A <- 1 I + 0 A(X)
         blocks["vskip_alpha"], blocks["vskip_beta"] = jnp.ones((depth, config.heads)), jnp.zeros((depth, config.heads))
     if config.norm != "none":

@@ -19,7 +19,7 @@ def loss(params, constants, batch, config):
 
 def token_losses(params, constants, batch, config):
     """Cross-entropy in nats of each target: batch (B, T + 1) -> (B, T)."""
-    logits = jax.vmap(model.forward, (None, None, 0, None))(params, constants, batch[:, :-1], config)
+    logits = model.forward(params, constants, batch[:, :-1], config)
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:])
 
 
