@@ -98,7 +98,7 @@ def train(config, out, checkpoint=None):
         params, opt_state, start = checkpoint.params, checkpoint.opt_state, checkpoint.step
         constants = model.constants(config)
     else:
-        require_memory(config, vocabulary)
+        train.require_memory(config, vocabulary)
         config = reachable(config)
         if config.repeat_rate is None:
             config = replace(config, repeat_rate=data.repeat_rate(tokens, vocabulary))
@@ -269,16 +269,6 @@ def reachable(config):
         print(f"note: {error}; taking that")
         return replace(config, **{error.target: error.best})
     return config
-
-
-def require_memory(config, vocabulary):
-    """ValueError if parameters, optimizer state, biases and a batch's activations, at the least, exceed the machine's memory."""
-    from minitf.errors import require
-    d, length, depth = config.width, config.length, config.depth
-    numbers = 3 * (12 * d * d * depth + 2 * d * vocabulary) + depth * length**2 + config.batch * length * (vocabulary + d * depth)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    require(4 * numbers < memory, f"this needs {4 * numbers / 2**30:,.0f} GiB of memory at the least, there are "
-            f"{memory / 2**30:.0f}: a smaller depth, width, length or batch is needed")
 
 
 def require_new(out):

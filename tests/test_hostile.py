@@ -51,7 +51,7 @@ def test_command_lines(capsys, monkeypatch):
     configurations = []
 
     def all_but_training(config, out):
-        run.require_memory(config, 1024)
+        train.require_memory(config, 1024)
         if config.depth * config.length**2 < 10**6:
             assert all(np.isfinite(each).all() or name == "bias"
                        for name, each in model.constants(run.reachable(config)).items()), config
@@ -71,7 +71,7 @@ def test_command_lines(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("flags", ["--depth 999999999", "--width 99999999", "--length 999999", "--batch 999999999", "--steps 3000000000",
-                                   "--prompt x", "--resume a --sample b", "--out /dev/null", "--out /proc/none/there"])
+                                   "--prompt x", "--resume a --sample b", "--out /dev/null", "--out /proc/none/there --depth 1 --length 8"])
 def test_what_no_machine_can_hold_or_no_run_could_mean(flags, capsys):
     assert refusal(flags.split() + ["--attn", "softmax"] * ("--resume" not in flags), capsys)
 
