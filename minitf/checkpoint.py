@@ -46,7 +46,7 @@ class Model(NamedTuple):
 # --- Saving ---------------------------------------------------------------------------------------------------------------
 
 def save(folder, checkpoint):
-    """Writes checkpoint-STEP.npz and removes all but the last two; ValueError where anything is not finite, or on disk errors."""
+    """Writes checkpoint-STEP.npz, removes all but the last two; ValueError if anything is not finite, or the disk full."""
     step, config, encoding, digest, *trees = checkpoint
     arrays = {name: np.asarray(leaf) for name, leaf in train.named_leaves(dict(zip(("params", "opt_state"), trees)))}
     for name, array in arrays.items():
@@ -59,7 +59,7 @@ def save(folder, checkpoint):
     arrays["meta"] = np.frombuffer(json.dumps(meta).encode(), np.uint8)
     write(Path(folder) / f"checkpoint-{step:08}.npz", lambda file: np.savez(file, **arrays, sha256=checksum(arrays)))
     older = [path for path in checkpoints(folder) if number(path) <= step][KEPT:]
-    for path in [*older, *Path(folder).glob("checkpoint-*.part")]:              # the latter from a process that was killed
+    for path in [*older, *Path(folder).glob("checkpoint-*.part")]:           # the latter: of a process that was killed
         path.unlink()
 
 
@@ -117,7 +117,7 @@ def lock(folder):
 # --- Loading ----------------------------------------------------------------------------------------------------------------
 
 def load_model(place):
-    """Model from a run's folder (its newest usable checkpoint) or from one checkpoint's file; ValueError if there is none."""
+    """Model of a run's folder (its newest usable checkpoint) or of one checkpoint's file; ValueError if there is none."""
     place = Path(place)
     checkpoint = newest(place)[0] if place.is_dir() else load(place)
     return Model(checkpoint.config, checkpoint.params, model.constants(checkpoint.config), checkpoint.encoding)

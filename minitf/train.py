@@ -49,7 +49,7 @@ def make_optimizer(config):
 
 @partial(jax.jit, static_argnames="config", donate_argnums=(0, 1))
 def train_step(params, opt_state, constants, batch, config):
-    """One update: (params, opt_state, {"loss", "grad_norm", "grad_norms"}), the loss before it. The old buffers are given up.
+    """One update: (params, opt_state, {"loss", "grad_norm", "grad_norms"}), the loss before it. Old buffers are given up.
 
     grad_norm is before clipping; grad_norms has one for each parameter, in their tree.
     """
@@ -61,9 +61,10 @@ def train_step(params, opt_state, constants, batch, config):
 
 
 def require_memory(config, vocabulary):
-    """ValueError if parameters, optimizer state, biases and a batch's activations, at the least, exceed the machine's memory."""
+    """ValueError if parameters, their moments, biases and a batch's activations alone exceed the machine's memory."""
     d, length, depth = config.width, config.length, config.depth
-    numbers = 3 * (12 * d * d * depth + 2 * d * vocabulary) + depth * length**2 + config.batch * length * (vocabulary + d * depth)
+    numbers = 3 * (12 * d * d * depth + 2 * d * vocabulary) + depth * length**2
+    numbers += config.batch * length * (vocabulary + d * depth)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     require(4 * numbers < memory, f"this needs {4 * numbers / 2**30:,.0f} GiB of memory at the least, there are "
             f"{memory / 2**30:.0f}: a smaller depth, width, length or batch is needed")
