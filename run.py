@@ -20,7 +20,7 @@ def main(arguments=None):
     """Parses the flags; trains, resumes, samples, evaluates. Whatever a user can get wrong: one line, exit status 2."""
     parser, config_class = make_parser()
     flags = vars(parser.parse_args(arguments))                             # the configuration's: those given, no others
-    modes = {name: flags.pop(name) for name in ("out", "resume", "sample", "eval")}
+    modes = {name: flags.pop(name) for name in ("out", "resume", "sample", "eval", "inspect", "plot")}
     try:
         if modes["resume"]:
             resume(modes["resume"], flags)
@@ -30,7 +30,11 @@ def main(arguments=None):
             evaluate(modes["eval"], flags)
         else:
             refuse_others(flags, [each.name for each in fields(config_class)], "can only be given with --sample")
-            train(config_class(**flags), modes["out"])
+            config = config_class(**flags)
+            if modes["inspect"] or modes["plot"]:
+                inspect(config, modes["plot"])
+            else:
+                train(config, modes["out"])
     except ValueError as error:
         parser.error(str(error))
     except BrokenPipeError:                                                # nobody reads on: nothing is left to say
@@ -67,6 +71,9 @@ def make_parser():
                        "sample": "draw text from a run's newest checkpoint: prompt, tokens, temperature, top_k, seed",
                        "eval": "loss of a run's newest checkpoint on --data (default: its held-out text)"}.items():
         where.add_argument("--" + name, type=Path, metavar="DIR", help=text)
+    where.add_argument("--inspect", action="store_true", help="train nothing: show each layer's kernel and gradient at "
+                       "initialisation; signal survives by thresholds that are printed with it")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw what --inspect shows, beside softmax; needs matplotlib")
     return parser, Config
 
 
@@ -237,6 +244,24 @@ def evaluate(folder, flags):
     count, size = len(tokens) - 1, data.bytes_per_token(tokens[1:], encoding) * (len(tokens) - 1)
     print(f"{count:,} tokens, {size:,.0f} bytes: {nats / count:.4f} nats a token, "
           f"{nats / size / math.log(2):.4f} bits a byte, perplexity {math.exp(min(nats / count, 700)):.4g}")
+
+
+def inspect(config, plot):
+    """Prints the kernel report of the initialised network on held-out text, and draws it if `plot` names a file."""
+    from minitf import data, report
+    config = reachable(config)
+    encoding = data.load_encoding(config.encoding or str(ENCODING))
+    tokens, held_out = data.load(config.data or str(DATA), encoding, config.length)
+    if config.repeat_rate is None:
+        config = replace(config, repeat_rate=data.repeat_rate(tokens, encoding.n_vocab))
+    windows = data.spread_windows(held_out, config.length, 4)[:, :-1]
+    result = report.report(config, encoding.n_vocab, windows)
+    print("\n".join(report.table(result, windows)))
+    if plot:
+        control = report.report(replace(config, attn="softmax"), encoding.n_vocab, windows)
+        report.plot(plot, result, control, windows, config.attn)
+        print(f"drawn in {plot}")
+    print(f"({report.RULE})\n{report.verdict(result, config)}")
 
 
 @contextmanager

@@ -206,9 +206,9 @@ def log_attentions(config, length):
     return []
 
 
-def initial_kernel(config, length):
-    """E Sigma_0, (T, T): tokens repeat with config.repeat_rate; additive positions are half of the sum."""
-    tokens = spa.repeat_kernel(config.repeat_rate or 0.0, length)
+def initial_kernel(config, length, equal=None):
+    """E Sigma_0, (T, T): tokens repeat with config.repeat_rate, or as `equal`, (T, T), says; additive positions are half."""
+    tokens = spa.repeat_kernel(config.repeat_rate or 0.0, length) if equal is None else equal.astype(float)
     if config.position == "sinusoidal":
         positions = sinusoids(length, config.width).astype(float)
         return (tokens + positions @ positions.T / config.width) / 2
