@@ -13,11 +13,11 @@ from pathlib import Path
 os.environ.setdefault("NPROC", str(max(4, os.cpu_count() or 1)))           # XLA's CPU threads: a pool of two was seen to deadlock
 HERE = Path(__file__).parent
 DATA, ENCODING = HERE / "data/shakespeare.txt", HERE / "data/shakespeare.tiktoken"
-MAY_CHANGE = "steps", "learning_rate", "save_every", "data"                # on resuming; the data's tokens must be the same
+MAY_CHANGE = "steps", "learning_rate", "save_every", "data"            # on resuming; the data's tokens must be the same
 
 
 def main(arguments=None):
-    """Parses the flags; trains, resumes, samples or evaluates. Whatever a user can get wrong: one line, exit status 2."""
+    """Parses the flags; trains, resumes, samples, evaluates. Whatever a user can get wrong: one line, exit status 2."""
     parser, config_class = make_parser()
     flags = vars(parser.parse_args(arguments))                             # the configuration's: those given, no others
     modes = {name: flags.pop(name) for name in ("out", "resume", "sample", "eval", "inspect", "plot")}
@@ -42,7 +42,9 @@ def main(arguments=None):
         sys.exit(0 if modes["sample"] else 128 + signal.SIGPIPE)
     except OSError as error:
         parser.error(f"{error.filename or 'cannot write'}: {error.strerror}")
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
         parser.error("out of memory: a smaller --batch, --length or --width may help")
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
@@ -64,7 +66,7 @@ def make_parser():
                             metavar="|".join(each.metadata["choices"]) or kind(each).__name__.upper(),
                             help=(each.metadata["text"] + default).replace("%", "%%"))
     where = parser.add_mutually_exclusive_group()
-    for name, text in {"out": "a new folder for checkpoints, config.json and metrics.jsonl (default: the next one under runs/)",
+    for name, text in {"out": "a new folder for checkpoints and metrics (default: the next one under runs/)",
                        "resume": f"go on with the run in a folder; {', '.join(MAY_CHANGE)} may be given anew",
                        "sample": "draw text from a run's newest checkpoint: prompt, tokens, temperature, top_k, seed",
                        "eval": "loss of a run's newest checkpoint on --data (default: its held-out text)"}.items():
@@ -103,7 +105,7 @@ def train(config, out, checkpoint=None):
         params, opt_state, start = checkpoint.params, checkpoint.opt_state, checkpoint.step
         constants = model.constants(config)
     else:
-        require_memory(config, vocabulary)
+        train.require_memory(config, vocabulary)
         config = reachable(config)
         if config.repeat_rate is None:
             config = replace(config, repeat_rate=data.repeat_rate(tokens, vocabulary))
@@ -122,15 +124,15 @@ def train(config, out, checkpoint=None):
     describe(config, params, tokens, held_out, encoding, out)
     with open(out / "metrics.jsonl", "a") as metrics, Progress(config) as progress, stop_signals() as stop:
         def record(step, values):
-            """One line of metrics for a step that was sent off; waits until it is computed. Exits where it is not finite."""
+            """One line of metrics for a step that was sent off; waits for it. Exits where it is not finite."""
             line = {"step": step, "loss": float(values["loss"]), "learning_rate": float(schedule(step)),
                     "grad_norm": float(values["grad_norm"]), "tokens_per_second": progress.step_done()}
             if not (math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"])):
                 last = recorded if recorded and not math.isfinite(line["loss"]) else (step, values)
                 name, norm = train.largest_gradient(last[1]["grad_norms"])
                 sys.exit(progress.last_words(
-                    f"loss is {line['loss']:.3g}, gradient norm {line['grad_norm']:.3g} at step {step}; the largest gradient "
-                    f"at step {last[0]} is that of {name}, {norm:.3g}. The checkpoint of step {saved} is kept; try "
+                    f"loss is {line['loss']:.3g}, gradient norm {line['grad_norm']:.3g} at step {step}; "
+                    f"the largest gradient at step {last[0]} is that of {name}, {norm:.3g}. The checkpoint of step {saved} is kept; try "
                     f"{resume_with} --learning-rate {config.learning_rate / 4:.2g}"))
             metrics.write(json.dumps(line) + "\n")
             progress.show(line)
@@ -168,8 +170,8 @@ def train(config, out, checkpoint=None):
             if saving:
                 saved = save(done)
             if stop and done < config.steps:
-                print(progress.last_words(f"stopped and saved after step {done} of {config.steps}; to go on: {resume_with}"),
-                      file=sys.stderr)
+                said = f"stopped and saved after step {done} of {config.steps}; to go on: {resume_with}"
+                print(progress.last_words(said), file=sys.stderr)
                 sys.exit(128 + stop[0])
             if evaluating or saving:
                 progress.rest()
@@ -177,7 +179,8 @@ def train(config, out, checkpoint=None):
     print(f"\nheld out {value:.3f} nats a token, {value * bits:.3f} bits a byte, after {config.steps} steps, "
           f"{time.perf_counter() - started:.0f} s; token frequencies alone {unigram:.3f}; {out}\n")
     print("A sample, from a held-out beginning:\n")
-    show_sample(checkpoints.Model(config, params, constants, encoding), held_out[:min(16, config.length // 2)].tolist(), 120)
+    prompt = held_out[:min(16, config.length // 2)].tolist()
+    show_sample(checkpoints.Model(config, params, constants, encoding), prompt, 120)
 
 
 def resume(folder, flags):
@@ -228,7 +231,7 @@ def show_sample(trained, prompt, count, seed=0, temperature=0.8, top_k=None):
 
 
 def evaluate(folder, flags):
-    """Prints the loss on a text, every token but the first predicted once; by default on the run's own held-out text."""
+    """Prints the loss on a text, every token but the first predicted once; default: the run's own held-out text."""
     from minitf import data, train
     from minitf.checkpoint import load_model
     refuse_others(flags, ["data"], "cannot be given with --eval")
@@ -239,8 +242,8 @@ def evaluate(folder, flags):
         _, tokens = data.load(config.data or str(DATA), encoding, config.length)
     nats = train.total_loss(params, constants, *data.all_windows(tokens, config.length), config)
     count, size = len(tokens) - 1, data.bytes_per_token(tokens[1:], encoding) * (len(tokens) - 1)
-    print(f"{count:,} tokens, {size:,.0f} bytes: {nats / count:.4f} nats a token, {nats / size / math.log(2):.4f} bits a byte, "
-          f"perplexity {math.exp(min(nats / count, 700)):.4g}")
+    print(f"{count:,} tokens, {size:,.0f} bytes: {nats / count:.4f} nats a token, "
+          f"{nats / size / math.log(2):.4f} bits a byte, perplexity {math.exp(min(nats / count, 700)):.4g}")
 
 
 def inspect(config, plot):
@@ -292,16 +295,6 @@ def reachable(config):
         print(f"note: {error}; taking that")
         return replace(config, **{error.target: error.best})
     return config
-
-
-def require_memory(config, vocabulary):
-    """ValueError if parameters, optimizer state, biases and a batch's activations, at the least, exceed the machine's memory."""
-    from minitf.errors import require
-    d, length, depth = config.width, config.length, config.depth
-    numbers = 3 * (12 * d * d * depth + 2 * d * vocabulary) + depth * length**2 + config.batch * length * (vocabulary + d * depth)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    require(4 * numbers < memory, f"this needs {4 * numbers / 2**30:,.0f} GiB of memory at the least, there are "
-            f"{memory / 2**30:.0f}: a smaller depth, width, length or batch is needed")
 
 
 def require_new(out):

@@ -46,7 +46,7 @@ class Model(NamedTuple):
 # --- Saving ---------------------------------------------------------------------------------------------------------------
 
 def save(folder, checkpoint):
-    """Writes checkpoint-STEP.npz and removes all but the last two; ValueError where anything is not finite, or on disk errors."""
+    """Writes checkpoint-STEP.npz, removes all but the last two; ValueError if anything is not finite, or the disk full."""
     step, config, encoding, digest, *trees = checkpoint
     arrays = {name: np.asarray(leaf) for name, leaf in train.named_leaves(dict(zip(("params", "opt_state"), trees)))}
     for name, array in arrays.items():
@@ -57,9 +57,10 @@ def save(folder, checkpoint):
     meta = {"format": FORMAT, "step": step, "config": asdict(config), "digest": digest, "encoding": encoding.name,
             "pattern": encoding._pat_str, "special": encoding._special_tokens}
     arrays["meta"] = np.frombuffer(json.dumps(meta).encode(), np.uint8)
-    write(Path(folder) / f"checkpoint-{step:08}.npz", arrays | {"sha256": checksum(arrays)})
-    for old in [path for path in checkpoints(folder) if number(path) <= step][KEPT:]:
-        old.unlink()
+    write(Path(folder) / f"checkpoint-{step:08}.npz", lambda file: np.savez(file, **arrays, sha256=checksum(arrays)))
+    older = [path for path in checkpoints(folder) if number(path) <= step][KEPT:]
+    for path in [*older, *Path(folder).glob("checkpoint-*.part")]:           # the latter: of a process that was killed
+        path.unlink()
 
 
 def checksum(arrays):
@@ -71,12 +72,12 @@ def checksum(arrays):
     return np.frombuffer(total.digest(), np.uint8)
 
 
-def write(path, arrays):
-    """Under a name of its own until all is on disk, then renamed, then the name is on disk: a crash leaves old or new."""
+def write(path, fill):
+    """fill(file) under another name until all is on disk, then renamed, and the name too: a crash leaves old or new."""
     beside = path.with_name(path.name + ".part")
     try:
         with open(beside, "wb") as file:
-            np.savez(file, **arrays)
+            fill(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
@@ -98,9 +99,7 @@ def rewind(metrics, step):
             return False
 
     lines = metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else []
-    beside = metrics.with_name(metrics.name + ".part")
-    beside.write_bytes(b"".join(line for line in lines if line.endswith(b"\n") and belongs(line)))
-    os.replace(beside, metrics)
+    write(metrics, lambda file: file.writelines(line for line in lines if line.endswith(b"\n") and belongs(line)))
 
 
 def lock(folder):
@@ -118,7 +117,7 @@ def lock(folder):
 # --- Loading ----------------------------------------------------------------------------------------------------------------
 
 def load_model(place):
-    """Model from a run's folder (its newest usable checkpoint) or from one checkpoint's file; ValueError if there is none."""
+    """Model of a run's folder (its newest usable checkpoint) or of one checkpoint's file; ValueError if there is none."""
     place = Path(place)
     checkpoint = newest(place)[0] if place.is_dir() else load(place)
     return Model(checkpoint.config, checkpoint.params, model.constants(checkpoint.config), checkpoint.encoding)

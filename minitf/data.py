@@ -82,7 +82,8 @@ def make_encoding(name, ranks, pattern, special_tokens):
     require(all(ranks) and len(set(every)) == len(every) and min(every) >= 0,
             f"{name} is not an encoding: tokens must not be empty, nor ranks shared or negative")
     require(regex.match(pattern, "") is None, f"{name} is not an encoding: its pattern splits text into nothing")
-    encoding, probe = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens), "A b, 1é\n"
+    encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
+    probe = "A b, 1é\n"
     require(encoding.decode(encoding.encode(probe)) == probe, f"{name} is not an encoding: its pattern loses text")
     return encoding
 
@@ -154,7 +155,7 @@ def spread_windows(tokens, length, count):
 
 
 def all_windows(tokens, length):
-    """Windows that predict every token but the first once: (n, length + 1) of int32, and which targets count, (n, length).
+    """Windows that predict every token but the first once, (n, length + 1) of int32; which targets count, (n, length).
 
     The last window is padded where the tokens end within it.
     """

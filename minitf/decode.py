@@ -26,28 +26,34 @@ def decode(params, constants, cache, tokens, start, config):
     so tokens may be padded. The old cache is given up.
     """
     x = model.embed(params, tokens, config, start)                                          # (S, d)
-    x, cache = jax.lax.scan(lambda x, layer: block(x, *layer, start, config), x, (params["blocks"], constants, cache))
+    own = jax.tree.map(lambda table: jax.lax.dynamic_slice_in_dim(table, start, len(tokens), 1), constants)
+    layers = params["blocks"], own, jnp.arange(config.depth)
+    (x, cache), _ = jax.lax.scan(lambda state, layer: (block(*state, *layer, start, config), None), (x, cache), layers)
     return model.unembed(params, x, config), cache
 
 
-def block(x, weights, constants, cache, start, config):
-    """One block for new tokens: x (S, d) and its cache, (T, H, k) each -> the same, after the block."""
+def block(x, cache, weights, constants, layer, start, config):
+    """One block for new tokens: (x (S, d), cache) -> the same, after the block.
+
+    constants: the new positions' rows, bias (S, T) and rescale (S,). The cache is that of all layers, changed in place.
+    """
     weights = jax.tree.map(lambda w: w.astype(x.dtype), weights)
     q, k, v = model.project(model.norm(x, weights, "norm1", config), weights, config, start)
-    cache = {"k": jax.lax.dynamic_update_slice_in_dim(cache["k"], k, start, 0),
-             "v": jax.lax.dynamic_update_slice_in_dim(cache["v"], v, start, 0)}
-    own = {name: model.rows(table, start, len(x)) for name, table in constants.items()}     # B and D of the new rows
-    attended = model.attend(q, cache["k"], cache["v"], **own, start=start)
+    cache = {name: jax.lax.dynamic_update_slice(cache[name], new[None], (layer, start, 0, 0))
+             for name, new in (("k", k), ("v", v))}
+    attended = model.attend(q, cache["k"][layer], cache["v"][layer], **constants, start=start)
     x = model.skip(x, model.merge(v, attended, weights, config), config)
     return model.skip(x, model.mlp(model.norm(x, weights, "norm2", config), weights, config), config), cache
 
 
-@jax.jit
-def draw(key, logits, temperature, top_k):
+@partial(jax.jit, static_argnames="top_k")
+def draw(key, step, logits, temperature, top_k=None):
     """A token from logits (V,), among the top_k most likely; the most likely one at temperature 0."""
-    least = jnp.sort(logits, descending=True)[jnp.minimum(top_k, len(logits)) - 1]
-    scaled = jnp.where(logits >= least, logits, -jnp.inf) / jnp.where(temperature > 0, temperature, 1.0)
-    return jnp.where(temperature > 0, jax.random.categorical(key, scaled), jnp.argmax(logits))
+    if top_k is not None:
+        least = jax.lax.top_k(logits, min(top_k, len(logits)))[0][-1]
+        logits = jnp.where(logits >= least, logits, -jnp.inf)
+    drawn = jax.random.categorical(jax.random.fold_in(key, step), logits / jnp.where(temperature > 0, temperature, 1.0))
+    return jnp.where(temperature > 0, drawn, jnp.argmax(logits))
 
 
 def sample(params, constants, tokens, count, config, seed=0, temperature=1.0, top_k=None):
@@ -69,6 +75,5 @@ def sample(params, constants, tokens, count, config, seed=0, temperature=1.0, to
         else:
             logits, cache = decode(params, constants, cache, np.array(context[-1:], np.int32), len(context) - 1, config)
             logits = logits[0]
-        top = len(logits) if top_k is None else min(top_k, len(logits))
-        context.append(int(draw(jax.random.fold_in(key, step), logits, temperature, top)))
+        context.append(int(draw(key, step, logits, temperature, top_k)))
         yield context[-1]

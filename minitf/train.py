@@ -1,4 +1,5 @@
 """Training: loss, optimizer, one compiled step, held-out loss."""
+import os
 from functools import partial
 
 import jax
@@ -8,6 +9,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from . import model
+from .errors import require
 
 MATRICES = ("query", "key", "value", "output", "up", "down")
 
@@ -47,7 +49,7 @@ def make_optimizer(config):
 
 @partial(jax.jit, static_argnames="config", donate_argnums=(0, 1))
 def train_step(params, opt_state, constants, batch, config):
-    """One update: (params, opt_state, {"loss", "grad_norm", "grad_norms"}), the loss before it. The old buffers are given up.
+    """One update: (params, opt_state, {"loss", "grad_norm", "grad_norms"}), the loss before it. Old buffers are given up.
 
     grad_norm is before clipping; grad_norms has one for each parameter, in their tree.
     """
@@ -56,6 +58,16 @@ def train_step(params, opt_state, constants, batch, config):
     metrics = {"loss": value, "grad_norm": optax.global_norm(gradient),
                "grad_norms": jax.tree.map(optax.global_norm, gradient)}
     return optax.apply_updates(params, updates), opt_state, metrics
+
+
+def require_memory(config, vocabulary):
+    """ValueError if parameters, their moments, biases and a batch's activations alone exceed the machine's memory."""
+    d, length, depth = config.width, config.length, config.depth
+    numbers = 3 * (12 * d * d * depth + 2 * d * vocabulary) + depth * length**2
+    numbers += config.batch * length * (vocabulary + d * depth)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    require(4 * numbers < memory, f"this needs {4 * numbers / 2**30:,.0f} GiB of memory at the least, there are "
+            f"{memory / 2**30:.0f}: a smaller depth, width, length or batch is needed")
 
 
 def named_leaves(tree):

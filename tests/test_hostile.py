@@ -19,9 +19,10 @@ from minitf.config import Sampling
 
 CASES = int(os.environ.get("MINITF_FUZZ", 150))
 RANKS = Path(run.ENCODING)
-NASTY = ["", " ", "0", "-1", "-0.0", "1", "2", "3", "0.5", "1e-300", "1e300", "1e999", "-inf", "nan", "1e5", "99999999999999999999",
-         "9" * 5000, "0x10", "1_000", "٣", "½", "None", "True", "[]", "../..", "/dev/null", "/", "~", "*", "**", ",", ",,,", "a\nb",
-         "\x1b[31m", "💥", "\udc80", "x" * 5000, "%s%n", "--depth", "softmax", "espa", "layer", "relu", "gelu", "tat", "dks", "rope"]
+NASTY = ["", " ", "0", "-1", "-0.0", "1", "2", "3", "0.5", "1e-300", "1e300", "1e999", "-inf", "nan", "1e5",
+         "99999999999999999999", "9" * 5000, "0x10", "1_000", "٣", "½", "None", "True", "[]", "../..", "/dev/null", "/", "~", "*", "**", ",", ",,,",
+         "a\nb", "\x1b[31m", "💥", "\udc80", "x" * 5000, "%s%n", "--depth", "softmax", "espa", "layer", "relu", "gelu",
+         "tat", "dks", "rope"]
 
 
 def refusal(arguments, capsys):
@@ -40,19 +41,30 @@ def refusal(arguments, capsys):
 def saved(tmp_path_factory):
     """A folder with one small checkpoint, made without training."""
     folder = tmp_path_factory.mktemp("saved")
-    config = Config(depth=1, width=4, heads=1, length=4, attn="softmax", position="none", act="tanh", repeat_rate=0.1, optimizer="adamw")
+    config = Config(depth=1, width=4, heads=1, length=4, attn="softmax", position="none", act="tanh",
+                    repeat_rate=0.1, optimizer="adamw")
     encoding = data.load_encoding(str(RANKS))
     params = jax.jit(model.init, static_argnums=(1, 2))(jax.random.key(0), config, encoding.n_vocab)
-    checkpoint.save(folder, checkpoint.Checkpoint(7, config, encoding, "", params, train.make_optimizer(config).init(params)))
+    opt_state = train.make_optimizer(config).init(params)
+    checkpoint.save(folder, checkpoint.Checkpoint(7, config, encoding, "", params, opt_state))
     return folder
 
 
 def test_command_lines(capsys, monkeypatch):
     configurations = []
-    monkeypatch.setattr(run, "train", lambda config, out: configurations.append(config))
+
+    def all_but_training(config, out):
+        train.require_memory(config, 1024)
+        if config.depth * config.length**2 < 10**6:
+            assert all(np.isfinite(each).all() or name == "bias"
+                       for name, each in model.constants(run.reachable(config)).items()), config
+        configurations.append(config)
+
+    monkeypatch.setattr(run, "train", all_but_training)
     monkeypatch.chdir("/")
     draw, refused = random.Random(0), 0
-    names = [each.name for each in (*fields(Config), *fields(Sampling))] + ["resume", "sample", "eval", "out", "none-such", ""]
+    names = [each.name for each in (*fields(Config), *fields(Sampling))]
+    names += ["resume", "sample", "eval", "out", "none-such", ""]
     for _ in range(4 * CASES):
         arguments = []
         for _ in range(draw.randint(1, 3)):
@@ -62,14 +74,16 @@ def test_command_lines(capsys, monkeypatch):
     print(f"\ncommand lines: {refused} refused, {len(configurations)} are configurations")
 
 
-@pytest.mark.parametrize("flags", ["--depth 999999999", "--width 99999999", "--length 999999", "--batch 999999999", "--steps 3000000000",
-                                   "--prompt x", "--resume a --sample b", "--out /dev/null", "--out /proc/none/there"])
+@pytest.mark.parametrize("flags", [
+    "--depth 999999999", "--width 99999999", "--length 999999", "--batch 999999999", "--steps 3000000000", "--prompt x",
+    "--resume a --sample b", "--out /dev/null", "--out /proc/none/there --depth 1 --length 8"])
 def test_what_no_machine_can_hold_or_no_run_could_mean(flags, capsys):
     assert refusal(flags.split() + ["--attn", "softmax"] * ("--resume" not in flags), capsys)
 
 
-TEXTS = {"invalid UTF-8": b"To be, \xff\xfe or not", "NUL": b"To be\0or not", "late NUL": b"To be or not " * 9000 + b"\0", "empty": b"", "a byte": b"a",
-         "an emoji": "🎭".encode(), "half an emoji": "🎭".encode()[:2], "surrogate": b"\xed\xa0\x80", "short": b"To be, or not to be"}
+TEXTS = {"invalid UTF-8": b"To be, \xff\xfe or not", "NUL": b"To be\0or not",
+         "late NUL": b"To be or not " * 9000 + b"\0", "empty": b"", "a byte": b"a", "an emoji": "🎭".encode(),
+         "half an emoji": "🎭".encode()[:2], "surrogate": b"\xed\xa0\x80", "short": b"To be, or not to be"}
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -157,7 +171,8 @@ def test_checkpoints_of_damaged_bytes(saved, tmp_path):
 def test_checkpoints_that_lie(saved, tmp_path):
     """Whole files with a checksum that holds, whose content was made up."""
     draw, refused, held = random.Random(3), 0, checkpoint.read(checkpoint.checkpoints(saved)[0])
-    values = [None, True, -1, 0, 1, 3, 10**12, 10**400, 0.5, float("nan"), "", "espa", "(", "(a+)+$", [], {}, [[]], {"a": 1}, {"a": -1}, "é\n"]
+    values = [None, True, -1, 0, 1, 3, 10**12, 10**400, 0.5, float("nan"), "", "espa", "(", "(a+)+$",
+              [], {}, [[]], {"a": 1}, {"a": -1}, "é\n"]
     for _ in range(CASES):
         lying, name = dict(held), draw.choice([*held, *["meta"] * 20])
         if name == "meta":
@@ -167,9 +182,10 @@ def test_checkpoints_that_lie(saved, tmp_path):
             lying["meta"] = np.frombuffer(json.dumps(draw.choice([meta] * 9 + [[]])).encode(), np.uint8)
         else:
             array = held[name]
+            as_text = array.astype("U3") if array.size < 5000 else array.view(np.uint8)
             lying[name] = draw.choice([array.astype(np.float64), array.reshape(-1)[1:], np.array(3), array[None], -array,
-                                       array.ravel()[:0], array.astype("U3") if array.size < 5000 else array.view(np.uint8)])
-        checkpoint.write(tmp_path / "c.npz", lying | {"sha256": checkpoint.checksum(lying)})
+                                       array.ravel()[:0], as_text])
+        np.savez(tmp_path / "c.npz", **lying, sha256=checkpoint.checksum(lying))
         try:
             found = checkpoint.load(tmp_path / "c.npz")
         except ValueError as error:
