@@ -18,10 +18,13 @@ def main(arguments=None):
     """Parses the flags, trains, shows. Whatever a user can get wrong: one line, exit status 2."""
     parser, config_class = make_parser()
     flags = vars(parser.parse_args(arguments))
-    out = flags.pop("out")
+    out, plot, only_inspect = flags.pop("out"), flags.pop("plot"), flags.pop("inspect")
     try:
         config = config_class(**flags)
-        train(config, out)
+        if only_inspect or plot:
+            inspect(config, plot)
+        else:
+            train(config, out)
     except ValueError as error:
         parser.error(str(error))
 
@@ -29,6 +32,7 @@ def main(arguments=None):
 def make_parser():
     """(parser, Config): one flag for each field of Config, and --out."""
     from minitf.config import Config
+    from minitf.report import THRESHOLDS
 
     class Parser(argparse.ArgumentParser):
         def error(self, message):
@@ -43,6 +47,9 @@ def make_parser():
                             help=(each.metadata["text"] + default).replace("%", "%%"))
     parser.add_argument("--out", type=Path, metavar="DIR", help="a new folder for config.json and metrics.jsonl "
                         "(default: the next one under runs/)")
+    parser.add_argument("--inspect", action="store_true", help="train nothing: show what the initialised network does to "
+                        f"real text, block by block, beside the prediction. The verdict: {THRESHOLDS}")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="--inspect, drawn, beside softmax attention")
     return parser, Config
 
 
@@ -148,6 +155,25 @@ def make_folder(out, name):
                 return out
     except OSError as error:
         raise ValueError(f"cannot create {error.filename}: {error.strerror}") from None
+
+
+def inspect(config, plot):
+    """Trains nothing: prints the kernel report of the initialised network on held-out text; draws it into `plot`."""
+    import jax
+    from minitf import data, report
+
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    config = reachable(config)
+    encoding = data.load_encoding(config.encoding or str(ENCODING))
+    tokens, held_out = data.load(config.data or str(DATA), encoding, config.length)
+    if config.repeat_rate is None:
+        config = replace(config, repeat_rate=data.repeat_rate(tokens, encoding.n_vocab))
+    windows = data.spread_windows(held_out, config.length, report.WINDOWS)[:, :-1]
+    out = report.report(config, windows, encoding.n_vocab)
+    print(report.table(out))
+    if plot:
+        report.plot(out, report.report(replace(config, attn="softmax"), windows, encoding.n_vocab), config, plot)
+    print(report.verdict(out))
 
 
 # --- What a person sees ---------------------------------------------------------------------------------------------------
