@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-os.environ.setdefault("NPROC", str(max(4, os.cpu_count() or 1)))           # XLA's CPU threads: a pool of two was seen to deadlock
 HERE = Path(__file__).parent
 DATA, ENCODING = HERE / "data/shakespeare.txt", HERE / "data/shakespeare.tiktoken"
 MAY_CHANGE = "steps", "learning_rate", "save_every", "data"            # on resuming; the data's tokens must be the same
@@ -53,6 +52,7 @@ def main(arguments=None):
 def make_parser():
     """(parser, Config): one flag for each field of Config and of Sampling, and what to do and where."""
     from minitf.config import Config, Sampling, kind
+    from minitf.report import THRESHOLDS
 
     class Parser(argparse.ArgumentParser):
         def error(self, message):
@@ -71,8 +71,8 @@ def make_parser():
                        "sample": "draw text from a run's newest checkpoint: prompt, tokens, temperature, top_k, seed",
                        "eval": "loss of a run's newest checkpoint on --data (default: its held-out text)"}.items():
         where.add_argument("--" + name, type=Path, metavar="DIR", help=text)
-    where.add_argument("--inspect", action="store_true", help="train nothing: show each layer's kernel and gradient at "
-                       "initialisation; signal survives by thresholds that are printed with it")
+    where.add_argument("--inspect", action="store_true", help="train nothing: show what the initialised network does to "
+                       f"real text, block by block, beside the prediction; {THRESHOLDS}")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw what --inspect shows, beside softmax; needs matplotlib")
     return parser, Config
 
@@ -93,7 +93,6 @@ def train(config, out, checkpoint=None):
     from minitf.errors import require
     from minitf.show import Progress, describe
 
-    jax.config.update("jax_cpu_enable_async_dispatch", False)                 # with two cores it can wait for itself for ever
     started = time.perf_counter()
     if not checkpoint:
         require_new(out)
@@ -247,21 +246,20 @@ def evaluate(folder, flags):
 
 
 def inspect(config, plot):
-    """Prints the kernel report of the initialised network on held-out text, and draws it if `plot` names a file."""
+    """Trains nothing: prints the kernel report of the initialised network on held-out text; draws it into `plot`."""
     from minitf import data, report
+
     config = reachable(config)
     encoding = data.load_encoding(config.encoding or str(ENCODING))
     tokens, held_out = data.load(config.data or str(DATA), encoding, config.length)
     if config.repeat_rate is None:
         config = replace(config, repeat_rate=data.repeat_rate(tokens, encoding.n_vocab))
-    windows = data.spread_windows(held_out, config.length, 4)[:, :-1]
-    result = report.report(config, encoding.n_vocab, windows)
-    print("\n".join(report.table(result, windows)))
+    windows = data.spread_windows(held_out, config.length, report.WINDOWS)[:, :-1]
+    out = report.report(config, windows, encoding.n_vocab)
+    print(report.table(out))
     if plot:
-        control = report.report(replace(config, attn="softmax"), encoding.n_vocab, windows)
-        report.plot(plot, result, control, windows, config.attn)
-        print(f"drawn in {plot}")
-    print(f"({report.RULE})\n{report.verdict(result, config)}")
+        report.plot(out, report.report(replace(config, attn="softmax"), windows, encoding.n_vocab), config, plot)
+    print(report.verdict(out, config))
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from run import make_parser                                                    # noqa: E402  (sets up XLA's threads)
+from run import make_parser                                                    # noqa: E402
 
 import jax                                                                     # noqa: E402
 import jax.numpy as jnp                                                        # noqa: E402

@@ -164,7 +164,8 @@ def init(key, config, vocabulary):
         if config.init == "gaussian":
             return gaussian(depth, fan_in, fan_out, std=std * fan_in**-0.5)
         scale = std * max((fan_out / fan_in)**0.5, 1)
-        return scale * jax.vmap(lambda key: orthogonal(key, (fan_in, fan_out)))(jax.random.split(next(keys), depth))
+        # One after the other: batched QR decompositions side by side can wait for each other for ever on a small CPU.
+        return scale * jax.lax.map(lambda key: orthogonal(key, (fan_in, fan_out)), jax.random.split(next(keys), depth))
 
     # Unweighted skips add up 2 L branches: GPT-2 (Radford et al. 2019) starts each at 1/sqrt(2 L).
     branch = (2 * depth)**-0.5 if config.alpha == config.beta == 1 else 1.0

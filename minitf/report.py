@@ -1,4 +1,4 @@
-"""The kernel report: do signals keep their shape at initialisation, in both directions, and as predicted?"""
+"""The kernel report: does signal survive the depth of a network at initialisation? Measured, beside the prediction."""
 from functools import partial
 
 import jax
@@ -7,155 +7,168 @@ import numpy as np
 
 from . import model, spa
 
-MEAN_SQUARE_FACTOR = 2                    # beyond what the width explains, below
-RANK_SHARE = 0.001                        # of the first kernel's effective rank, above the 1 of tokens that are all the same
-GRADIENT_RATIO = 10                       # between the largest and the smallest gradient norm of a layer
-RULE = (f"signal survives if every layer's mean square is within a factor of {MEAN_SQUARE_FACTOR} of 1, beyond the "
-        f"exp(2 beta^2 sqrt(1.5 depth / width)) of a finite width; if the last kernel's effective rank exceeds 1 by at least "
-        f"{RANK_SHARE:g} of what the first one's does; and if layers' gradient norms are within a factor of {GRADIENT_RATIO}")
+WINDOWS, INITIALISATIONS = 4, 8           # a report is a mean over both: theory speaks of the mean over initialisations
+MEAN_SQUARE_FACTOR = 2.0                  # of activations, at every depth: beyond what the width explains, see `verdict`
+RANK_SHARE = 0.001                        # of the input's effective rank beyond 1 that must be left at every depth
+GRADIENT_RATIO = 10.0                     # largest over smallest gradient norm, over depth
+THRESHOLDS = (f"signal survives where the mean square stays within a factor of {MEAN_SQUARE_FACTOR:g} of 1 beyond what the "
+              f"width explains, exp(2 beta^2 sqrt(1.5 depth / (width {INITIALISATIONS}))), the effective rank less 1 above "
+              f"{RANK_SHARE:g} of the input's less 1, and gradient norms within a ratio of {GRADIENT_RATIO:g} over depth")
 
 
-def report(config, vocabulary, tokens):
-    """Measured and predicted quantities of the initialised network on tokens (N, T).
+# --- What is measured ---------------------------------------------------------------------------------------------------
 
-    {"measured": kernels (L + 1, N, T, T), "predicted": the same or None, "gradient": norms (L + 1,), relative to the last,
-    "gradient_cosine": between different positions' gradients (L + 1,)}; index 0 is the embedding.
-    """
-    params = jax.jit(model.init, static_argnums=(1, 2))(jax.random.key(config.seed), config, vocabulary)
-    constants = model.constants(config)
-    hidden, gradient = states_and_gradients(params, constants, tokens, jax.random.key(config.seed + 1), config)
-    kernels = np.asarray(jnp.einsum("lnid,lnjd->lnij", hidden, hidden), np.float64) / config.width
-    backward = np.asarray(jnp.einsum("lnid,lnjd->lnij", gradient, gradient), np.float64)
-    norms = np.sqrt(np.trace(backward, axis1=-2, axis2=-1).mean(-1))
-    return {"measured": kernels, "predicted": predicted(config, constants, tokens), "gradient": norms / norms[-1],
-            "gradient_cosine": mean_cosine(backward, tokens)}
+def states(params, constants, tokens, config):
+    """tokens (T,) -> X_0, ..., X_L: (L + 1, T, d), the embedding and what each block gives."""
+    x = model.embed(params, tokens, config)
+    step = lambda x, layer: (model.block(x, *layer, config),) * 2
+    return jnp.concatenate([x[None], jax.lax.scan(step, x, (params["blocks"], constants))[1]])
+
+
+def gradients(params, constants, x, cotangent, config):
+    """From states (L + 1, T, d) and a cotangent of the last, (T, d): the gradients at all states, (L + 1, T, d)."""
+    def back(gradient, layer):
+        x, weights, constants = layer
+        gradient, = jax.vjp(lambda x: model.block(x, weights, constants, config), x)[1](gradient)
+        return gradient, gradient
+
+    before = jax.lax.scan(back, cotangent, (x[:-1], params["blocks"], constants), reverse=True)[1]
+    return jnp.concatenate([before, cotangent[None]])
 
 
 @partial(jax.jit, static_argnames="config")
-def states_and_gradients(params, constants, tokens, key, config):
-    """Each layer's output for tokens (N, T), and the gradient of a random linear function of the last: (L + 1, N, T, d) both.
+def measure(params, constants, tokens, key, config):
+    """tokens (n, T) -> kernels of activations and of gradients, (n, L + 1, T, T) each, in float32.
 
-    The head is left out: it starts at zero, and lets no gradient through.
+    The head starts at zero and passes no gradient: a random cotangent of mean square 1 at the last layer stands for it.
     """
+    def one(tokens, key):
+        x = states(params, constants, tokens, config)
+        g = gradients(params, constants, x, jax.random.normal(key, x.shape[1:], x.dtype), config)
+        return [jnp.einsum("lid,ljd->lij", y, y, preferred_element_type=jnp.float32) / config.width for y in (x, g)]
 
-    def run(nudges):
-        """What small changes of every layer's output lead to."""
-        x = model.embed(params, tokens, config) + nudges[0]
-        def layer(x, slices):
-            weights, own, nudge = slices
-            x = model.block(x, weights, own, config) + nudge
-            return x, x
-        last, states = jax.lax.scan(layer, x, (params["blocks"], constants, nudges[1:]))
-        return last, jnp.concatenate([x[None], states])
-
-    nudges = jnp.zeros((config.depth + 1, *tokens.shape, config.width), model.compute_dtype(config))
-    last, backward, states = jax.vjp(run, nudges, has_aux=True)
-    return states, backward(jax.random.normal(key, last.shape, last.dtype))[0]
+    return jax.vmap(one)(tokens, jax.random.split(key, len(tokens)))
 
 
-def predicted(config, constants, tokens):
-    """Section 4's kernels for these very tokens, (L + 1, N, T, T), under the network's own D; None for softmax."""
-    length = tokens.shape[1]
+def predicted(constants, tokens, config):
+    """The recursion from where the tokens (T,) do repeat, through the network's own D and B: (L + 1, T, T); softmax: None."""
     if config.attn == "softmax":
         return None
-    log_attentions = model.log_attentions(config, length)
-    if constants:
-        log_attentions = np.asarray(constants["bias"], np.float64) + np.log(np.asarray(constants["rescale"], np.float64))[..., None]
-    first = [model.initial_kernel(config, length, row[:, None] == row) for row in tokens]
-    correlation_map = model.activation(config).correlation_map
-    rest = [[kernel for _, kernel in spa.propagate(log_attentions, kernel, correlation_map, config.alpha, config.beta,
-                                                   config.norm != "none", rescale=False)] for kernel in first]
-    return np.concatenate([np.array(first)[None], np.swapaxes(rest, 0, 1)])
+    kernel = model.initial_kernel(config, len(tokens), tokens[:, None] == tokens)
+    if not constants:
+        return np.array([kernel] + [sigma for _, sigma in model.predict(config, kernel)])
+    log_a = np.asarray(constants["bias"], float) + np.log(np.asarray(constants["rescale"], float))[:, :, None]
+    blocks = spa.propagate(log_a, kernel, model.activation(config).correlation_map, config.alpha, config.beta,
+                           config.norm != "none", rescale=False)            # D has brought n along
+    return np.array([kernel] + [sigma for _, sigma in blocks])
 
 
-# --- Quantities of kernels (..., N, T, T), averaged over the N windows ---------------------------------------------------
+# --- What is said of a kernel -----------------------------------------------------------------------------------------
 
 def mean_square(kernels):
-    return np.trace(kernels, axis1=-2, axis2=-1).mean(-1) / kernels.shape[-1]
+    """(..., T, T) -> (...): over tokens."""
+    return np.trace(kernels, axis1=-2, axis2=-1) / kernels.shape[-1]
 
 
-def mean_cosine(kernels, tokens):
-    """Over pairs of positions whose tokens differ."""
-    scale = np.sqrt(np.maximum(np.diagonal(kernels, axis1=-2, axis2=-1), 1e-300))
-    differ = tokens[:, :, None] != tokens[:, None, :]
-    return (kernels / (scale[..., :, None] * scale[..., None, :]) * differ).sum((-3, -2, -1)) / differ.sum()
+def mean_cosine(kernels):
+    """(..., T, T) -> (...): over pairs of different positions."""
+    scale = np.sqrt(np.maximum(np.diagonal(kernels, axis1=-2, axis2=-1), 1e-30))
+    length = kernels.shape[-1]
+    return ((kernels / scale[..., None] / scale[..., None, :]).sum((-2, -1)) - length) / (length * (length - 1))
 
 
 def effective_rank(kernels):
-    """exp of the entropy of the eigenvalues' shares: T for the identity, 1 where all tokens are the same."""
-    values = np.maximum(np.linalg.eigvalsh(kernels), 1e-300)
-    share = values / values.sum(-1, keepdims=True)
-    return np.exp(-(share * np.log(share)).sum(-1)).mean(-1)
+    """(..., T, T) -> (...): exp of the entropy of the eigenvalues, which share out 1; from 1 to T."""
+    values = np.maximum(np.linalg.eigvalsh(np.asarray(kernels, float)), 0)
+    share = values / np.maximum(values.sum(-1, keepdims=True), 1e-30)
+    return np.exp(-np.sum(share * np.log(np.maximum(share, 1e-300)), -1))
 
 
-def table(result, tokens):
-    """The report's lines: a header, then one for each layer."""
-    columns = [("mean square", mean_square), ("mean cosine", partial(mean_cosine, tokens=tokens)), ("effective rank", effective_rank)]
-    rows = []
-    for _, quantity in columns:
-        measured = quantity(result["measured"])
-        known = result["predicted"] is not None
-        rows += [measured, quantity(result["predicted"]) if known else np.full(len(measured), np.nan)]
-    rows += [result["gradient"], result["gradient_cosine"]]
-    lines = ["layer " + "".join(f"{name:>14} predicted" for name, _ in columns) + "  gradient  its cosine"]
-    for layer, values in enumerate(np.transpose(rows)):
-        cells = "".join(f"{value:>14.3f}" if i % 2 == 0 else f"{value:>10.3f}" for i, value in enumerate(values[:-2]))
-        lines.append(f"{layer:5} " + cells.replace("nan", "  -") + f"{values[-2]:10.3f}{values[-1]:12.3f}")
-    return lines
+def report(config, tokens, vocabulary):
+    """tokens (n, T) -> {name: array over depth 0 to L}, means over windows and initialisations, see `table`.
+
+    And "kernels" and "predicted kernels" of the first window, (L + 1, T, T).
+    """
+    constants = model.constants(config)
+    init = jax.jit(model.init, static_argnums=(1, 2))
+    keys = jax.random.split(jax.random.key(config.seed), INITIALISATIONS)
+    measured = [measure(init(key, config, vocabulary), constants, tokens, jax.random.fold_in(key, 1), config) for key in keys]
+    kernels, gradient_kernels = (np.concatenate(each) for each in zip(*measured))           # (inits x n, L + 1, T, T)
+    theory = None if config.attn == "softmax" else np.array([predicted(constants, window, config) for window in tokens])
+    say = lambda kernels: {f.__name__.replace("_", " "): f(kernels).mean(0) for f in (mean_square, mean_cosine, effective_rank)}
+    out = say(kernels) | {"gradient norm": np.sqrt(config.width * config.length * mean_square(gradient_kernels)).mean(0),
+                          "gradient cosine": mean_cosine(gradient_kernels).mean(0), "kernels": kernels[::len(tokens)].mean(0)}
+    return out if theory is None else \
+        out | {f"predicted {name}": values for name, values in say(theory).items()} | {"predicted kernels": theory[0]}
 
 
-def verdict(result, config):
-    """One line: signal survives, or does not and why, by RULE.
+def verdict(out, config):
+    """One line: signal survives, or what breaks first and where.
 
-    The product with 4 d -> d is a projection: it keeps one vector's mean square up to a relative spread of sqrt(1.5 / d).
+    The product 4 d -> d is a projection: it keeps the mean square of one vector up to a relative spread of sqrt(1.5 / d).
     Deep tokens are nearly one vector, so over L blocks its logarithm walks at random; two standard deviations are allowed.
     """
-    square, rank, gradient = mean_square(result["measured"]), effective_rank(result["measured"]), result["gradient"]
-    allowed = MEAN_SQUARE_FACTOR * np.exp(2 * config.beta**2 * np.sqrt(1.5 * config.depth / config.width))
-    worst, ratio = np.abs(np.log(square)).argmax(), gradient.max() / gradient.min()
-    faults = [f"mean square {square[worst]:.3g} at layer {worst}"] * (not max(square[worst], 1 / square[worst]) <= allowed)
-    faults += [f"effective rank falls from {rank[0]:.3g} to {rank[-1]:.6g}"] * (not rank[-1] - 1 >= RANK_SHARE * (rank[0] - 1))
-    faults += [f"gradient norms differ by a factor of {ratio:.3g}"] * (not ratio <= GRADIENT_RATIO)
-    return "signal does not survive: " + "; ".join(faults) if faults else \
-        f"signal survives: mean square within {square.min():.3g} to {square.max():.3g}, effective rank {rank[0]:.3g} to " \
-        f"{rank[-1]:.3g}, gradient norms within a factor of {ratio:.3g}"
+    walk = np.sqrt(1.5 * config.depth / (config.width * INITIALISATIONS))
+    factor = MEAN_SQUARE_FACTOR * np.exp(2 * config.beta**2 * walk)
+    square, rank, gradient = out["mean square"], out["effective rank"], out["gradient norm"]
+    problems = []
+    bad = np.flatnonzero(~((square <= factor) & (square >= 1 / factor)))
+    if len(bad):
+        problems.append(f"mean square {square[bad[0]]:.3g} after block {bad[0]}, not within a factor of {factor:.3g} of 1")
+    bad = np.flatnonzero(~(rank - 1 >= RANK_SHARE * (rank[0] - 1)))
+    if len(bad):
+        problems.append(f"effective rank {rank[bad[0]]:.6g} after block {bad[0]}: less 1 below {RANK_SHARE:g} of the input's {rank[0]:.3g} less 1")
+    ratio = gradient.max() / max(gradient.min(), 1e-30)
+    if not ratio <= GRADIENT_RATIO:
+        problems.append(f"gradient norms spread by a ratio of {ratio:.3g} over depth, not {GRADIENT_RATIO:g}")
+    return "signal does not survive: " + "; ".join(problems) if problems else "signal survives"
 
 
-# --- The picture ------------------------------------------------------------------------------------------------------------
+COLUMNS = ("mean square", "mean cosine", "effective rank", "gradient norm", "gradient cosine")
 
-def plot(path, result, control, tokens, name):
-    """Heat maps of kernels at four depths, and the curves over depth, for `name` beside the softmax control; to a file."""
+
+def table(out):
+    """The report's text: a line a depth, each measured value beside its prediction where theory makes one."""
+    cell = lambda name, layer: f"{out[name][layer]:.4g}" + \
+        (f" ({out['predicted ' + name][layer]:.4g})" if "predicted " + name in out else "")
+    head = "block" + "".join(f"{name:>18}" for name in COLUMNS) + "     (predicted)" * ("predicted kernels" in out)
+    return "\n".join([head] + [f"{layer:5}" + "".join(f"{cell(name, layer):>18}" for name in COLUMNS)
+                               for layer in range(len(out["mean square"]))])
+
+
+# --- The picture ------------------------------------------------------------------------------------------------------
+
+def plot(out, other, config, path):
+    """Kernels of the first window at four depths, predicted above measured, beside those of softmax; curves over depth.
+
+    out: the report of `config`; other: that of the same network with softmax attention. ValueError without matplotlib.
+    """
     try:
-        from matplotlib.figure import Figure
+        import matplotlib
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
     except ImportError:
-        raise ValueError("plotting needs matplotlib: pip install -e '.[plot]'") from None
-    depth = len(result["measured"]) - 1
-    shown = sorted({max(1, depth * share // 6) for share in (1, 2, 4, 6)})
-    figure = Figure(figsize=(11, 11), layout="constrained")
-    axes = figure.subplots(4, 4)
-    missing = " (none)" if result["predicted"] is None else ""
-    rows = [(f"{name}, predicted{missing}", result["predicted"]), (f"{name}, measured", result["measured"]),
-            ("softmax, measured", control["measured"])]
-    for line, (label, kernels) in zip(axes, rows):
-        line[0].set_ylabel(f"{label}\nposition i")
-        for axis, layer in zip(line, shown):
-            shade = np.zeros((1, 1)) if kernels is None else kernels[layer, 0] / mean_square(kernels[layer, :1])
-            image = axis.imshow(shade, cmap="gray_r", vmin=0, vmax=1)
-            axis.set_title(f"layer {layer}")
-            axis.set_xlabel("position j")
-        figure.colorbar(image, ax=line, label="kernel Sigma_ij,\nat mean square 1")
-    curves = [("mean square", mean_square, "log"), ("mean cosine of\ndifferent tokens", partial(mean_cosine, tokens=tokens), "linear"),
-              ("effective rank", effective_rank, "log"), ("gradient norm,\nrelative to the last", None, "log")]
-    for axis, (label, quantity, scale) in zip(axes[3], curves):
-        for each, style, title in ((result, "-", name), (control, "--", "softmax")):
-            axis.plot(each["gradient"] if quantity is None else quantity(each["measured"]), "k" + style, label=title)
-        if quantity and result["predicted"] is not None:
-            axis.plot(quantity(result["predicted"]), "o", color="0.5", markersize=3, markevery=3, label=f"{name}, predicted")
-        axis.set_xlabel("layer")
-        axis.set_ylabel(label)
-        axis.set_yscale(scale)
-    axes[3][1].legend(fontsize=8, loc="lower right")
+        raise ValueError("a plot needs matplotlib: pip install -e '.[plot]'") from None
+    rows = [(f"{config.attn}, predicted", out.get("predicted kernels")), (f"{config.attn}, measured", out["kernels"]),
+            ("softmax, measured", other["kernels"] if config.attn != "softmax" else None)]
+    rows = [row for row in rows if row[1] is not None]
+    figure, axes = pyplot.subplots(len(rows) + 1, 4, figsize=(12, 3 * len(rows) + 3), layout="constrained")
+    for name, kernels, line in [(*row, line) for row, line in zip(rows, axes)]:
+        for axis, depth in zip(line, np.linspace(0, config.depth, 4).round().astype(int)):
+            image = axis.imshow(spa.correlation(kernels[depth].astype(float)), cmap="gray_r", vmin=0, vmax=1)
+            axis.set(title=f"{name}, block {depth}", xlabel="position", ylabel="position")
+    figure.colorbar(image, ax=axes[:-1], label="cosine of two positions' activations", shrink=0.6)
+    for axis, name in zip(axes[-1], COLUMNS):
+        axis.plot(out[name], "k-", label=f"{config.attn}, measured")
+        if "predicted " + name in out:
+            axis.plot(out["predicted " + name], "o", color="0.5", mfc="none", ms=4, label=f"{config.attn}, predicted")
+        if config.attn != "softmax":
+            axis.plot(other[name], "k:", label="softmax, measured")
+        axis.set(xlabel="block", ylabel=name, yscale="linear" if "cosine" in name else "log")
+    axes[-1][1].legend(fontsize="small")
     try:
-        figure.savefig(path, dpi=100)
+        figure.savefig(path, dpi=110)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot write {path}: {error}") from None
+    finally:
+        pyplot.close(figure)

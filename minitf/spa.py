@@ -39,7 +39,8 @@ def exponential_schedule(gamma_final, depth):
     """
     require(np.isfinite(gamma_final) and gamma_final > 0, f"gamma must be above 0 and finite, not {gamma_final}")
     log_s = 0.5 * log1mexp(2 * gamma_final) * np.arange(1, depth + 1) / depth
-    gammas = np.concatenate([[np.inf], -0.5 * log1mexp(-2 * log_s)])
+    with np.errstate(divide="ignore"):                 # s = 1 to rounding, gamma = inf: distinct refuses it
+        gammas = np.concatenate([[np.inf], -0.5 * log1mexp(-2 * log_s)])
     gammas[-1] = gamma_final                           # not a rounding error beside it
     distinct(gammas[1:], "gamma", gamma_final)
     return gammas
@@ -57,7 +58,7 @@ def uniform_schedule(rho_final, depth, rho_first=0.0):
 
 def distinct(values, name, final):
     """ValueError where rounding makes two kernels of a schedule one: A = I could never learn to attend."""
-    require(np.all(np.diff(values) != 0), f"{name} = {final:g} is too extreme: two layers' kernels would be equal")
+    require(np.all(values[1:] != values[:-1]), f"{name} = {final:g} is too extreme: two layers' kernels would be equal")
 
 
 def log1mexp(x):

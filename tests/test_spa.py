@@ -1,0 +1,245 @@
+"""Signal-preserving attention as matrices, in float64: what section 3 and 4 of the method promise of every kernel.
+
+EPS is float64's spacing at 1. Where all terms of a product are >= 0 rounding errors are relative and never cancel
+against a result: a sum of n such terms is right to n EPS of itself, and exp(x) to |x| EPS.
+"""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minitf import Config, model, spa
+from minitf.activations import leaky_correlation
+
+EPS, EPS32 = np.finfo(np.float64).eps, np.finfo(np.float32).eps
+
+lengths = st.integers(2, 64)
+depths = st.integers(1, 48)
+gammas = st.floats(-5, 1).map(lambda power: 10**power)                     # 1e-5 to 10
+rhos = st.floats(1e-4, 0.999)
+repeat_rates = st.floats(0, 0.9)
+skips = st.one_of(st.just(0.0), st.floats(0.05, 0.99)).map(lambda alpha: (alpha, (1 - alpha**2) ** 0.5))
+
+
+@st.composite
+def pairs(draw):
+    """(family, kernel's parameter before, after, length): every admissible pair, from close together to far apart."""
+    family, length = draw(st.sampled_from(["exponential", "uniform"])), draw(lengths)
+    if family == "exponential":
+        out = draw(gammas)
+        return family, draw(st.one_of(st.just(np.inf), st.floats(-6, 3).map(lambda x: out * (1 + 10**x)))), out, length
+    out = draw(rhos)                                                       # the domain: 1e-9 apart
+    return family, draw(st.one_of(st.just(0.0), st.floats(-8.9, np.log10(out)).map(lambda x: max(out - 10**x, 0)))), out, length
+
+
+@st.composite
+def schedules(draw):
+    """(family, parameters by layer, length)."""
+    family, depth = draw(st.sampled_from(["exponential", "uniform"])), draw(depths)
+    if family == "exponential":
+        return family, spa.exponential_schedule(draw(gammas), depth), draw(lengths)
+    last = draw(rhos)
+    return family, spa.uniform_schedule(last, depth, draw(st.one_of(st.just(0.0), st.floats(0, 0.9))) * last), draw(lengths)
+
+
+def kernel(family, parameter, length):
+    return {"exponential": spa.exponential_kernel, "uniform": spa.uniform_kernel}[family](parameter, length)
+
+
+def log_attention(family, before, after, length):
+    form = {"exponential": spa.exponential_log_attention, "uniform": spa.uniform_log_attention}[family]
+    return form(before, after, length)
+
+
+# --- One attention matrix -----------------------------------------------------------------------------------------------
+
+@given(pairs())
+def test_causal_and_a_softmax_can_make_it(pair):
+    """A is lower triangular, and positive there: B = log P is finite wherever the mask lets through."""
+    log_a = log_attention(*pair)
+    below = np.tri(len(log_a), dtype=bool)
+    assert np.all(log_a[~below] == -np.inf)
+    assert np.all(np.isfinite(log_a[below]))
+
+
+@given(pairs())
+def test_maps_one_kernel_to_the_other(pair):
+    """A Sigma_in A^T = Sigma_out. For `uspa` an entry of A is a difference of sums of T terms below 1."""
+    family, before, after, length = pair
+    a, sigma_in = np.exp(log_attention(*pair)), kernel(family, before, length)
+    sigma_out = kernel(family, after, length)
+    wrong = length * EPS * (family == "uniform")                           # of an entry of A, beside its relative error
+    tolerance = (4 * length + 40) * EPS * sigma_out + 2 * length * wrong * (sigma_in @ a.T).max()
+    assert np.all(np.abs(a @ sigma_in @ a.T - sigma_out) <= tolerance)
+
+
+@given(pairs())
+def test_closed_form_is_the_cholesky_quotient(pair):
+    """The definition loses as many digits as the kernels' condition numbers have: T EPS (cond_in + cond_out)."""
+    family, before, after, length = pair
+    sigma_in, sigma_out = kernel(family, before, length), kernel(family, after, length)
+    a = spa.cholesky_attention(sigma_in, sigma_out)
+    tolerance = length * EPS * (np.linalg.cond(sigma_in) + np.linalg.cond(sigma_out))
+    assert np.max(np.abs(np.exp(log_attention(*pair)) - a)) <= tolerance
+
+
+@given(gammas, st.floats(-3, 3).map(lambda x: 1 + 10**x))
+def test_far_entries_keep_their_digits(gamma, ratio):
+    """The closed form's log holds where A itself underflows: log A_ij falls by exactly gamma_out a position."""
+    log_a = spa.exponential_log_attention(gamma * ratio, gamma, 200)
+    falls = -np.diff(log_a[2:, 1])                                         # j = 2, i = 3 to T
+    assert np.allclose(falls, gamma, rtol=0, atol=4 * EPS * np.abs(log_a[2:, 1]).max())
+
+
+LENGTH32 = 32
+softmax32 = jax.jit(lambda bias: jax.nn.softmax(bias))
+
+
+@given(pairs())
+def test_rescaling_and_bias_give_the_matrix_back_in_float32(pair):
+    """D softmax(B) = A. Rounding B to float32 shifts it by |B| EPS32, which is a relative error of P."""
+    log_a = log_attention(*pair[:3], LENGTH32)
+    rescale, bias = spa.rescale_and_bias(log_a)
+    made = np.float32(rescale)[:, None] * np.asarray(softmax32(jnp.asarray(bias, jnp.float32)))
+    a = np.exp(log_a)
+    finite = np.where(np.isfinite(bias), bias, 0)
+    assert np.all(np.abs(made - a) <= (np.abs(finite) + LENGTH32 + 8) * EPS32 * a + 1e-37 * rescale[:, None])
+    assert np.allclose(rescale, a.sum(-1), rtol=LENGTH32 * EPS)
+
+
+# --- Schedules, and products over depth --------------------------------------------------------------------------------
+
+@given(depths, gammas)
+def test_exponential_schedule(depth, gamma):
+    """From gamma = inf strictly down to gamma_L, with one lambda: the diagonal of every A_l is the same."""
+    schedule = spa.exponential_schedule(gamma, depth)
+    assert len(schedule) == depth + 1 and schedule[0] == np.inf and schedule[-1] == gamma
+    assert np.all(np.diff(schedule[1:]) < 0)
+    s = np.sqrt(-np.expm1(-2 * schedule))
+    # An error of gamma EPS in gamma is one of phi^2 gamma EPS / s^2 <= EPS / 2 in log s; and log s / L has rounded, too.
+    assert np.allclose(np.diff(np.log(s)), np.log(s[-1]) / depth, rtol=0, atol=8 * EPS * (1 + abs(np.log(s[-1]))))
+
+
+@given(depths, rhos, st.floats(0, 0.99))
+def test_uniform_schedule(depth, rho, share):
+    """From rho_0 strictly up to rho_L, with 1 - rho falling by one factor a layer."""
+    schedule = spa.uniform_schedule(rho, depth, share * rho)
+    assert len(schedule) == depth + 1 and schedule[0] == share * rho and schedule[-1] == rho
+    assert np.all(np.diff(schedule) > 0)
+    ratios = (1 - schedule[1:]) / (1 - schedule[:-1])
+    assert np.allclose(ratios, ratios[0], rtol=8 * EPS / (1 - rho))
+
+
+@given(schedules(), st.data())
+def test_products_map_every_kernel_to_every_later_one(schedule, data):
+    """A_l ... A_k maps Sigma_(k-1) to Sigma_l for every l >= k, and from Sigma_0 = I it is the Cholesky factor."""
+    family, values, length = schedule
+    k = data.draw(st.integers(1, len(values) - 1), label="k")
+    product, sigma = np.eye(length), kernel(family, values[k - 1], length)
+    for layer in range(k, len(values)):
+        product = np.exp(log_attention(family, values[layer - 1], values[layer], length)) @ product
+        # As for one matrix; of l - k + 1 factors, each of which moves a row by its entries' errors times the row sums.
+        factors = layer - k + 1
+        tolerance = factors * ((4 * length + 40) * EPS + 2 * length**2 * EPS * product.sum(-1).max() * (family == "uniform"))
+        assert np.max(np.abs(product @ sigma @ product.T - kernel(family, values[layer], length))) <= tolerance
+
+
+@given(st.sampled_from(["espa", "uspa"]), depths, gammas, rhos, lengths)
+def test_the_network_asks_for_this_schedule(attn, depth, gamma, rho, length):
+    """model.log_attentions: L matrices, whose product takes I to the kernel that the configuration names."""
+    matrices = model.log_attentions(Config(depth=depth, attn=attn, gamma=gamma, rho=rho), length)
+    assert len(matrices) == depth
+    product = np.eye(length)
+    for log_a in matrices:
+        product = np.exp(log_a) @ product
+    last = spa.exponential_kernel(gamma, length) if attn == "espa" else spa.uniform_kernel(rho, length)
+    tolerance = depth * (4 * length + 40) * EPS + 2 * depth * length**2 * EPS * product.sum(-1).max() * (attn == "uspa")
+    assert np.max(np.abs(product @ product.T - last)) <= tolerance
+
+
+@pytest.mark.parametrize("refused", [
+    lambda: spa.exponential_schedule(1e9, 4), lambda: spa.exponential_schedule(-1.0, 4),
+    lambda: spa.uniform_schedule(1e-17, 4, 1e-17), lambda: spa.uniform_schedule(1.0, 4),
+    lambda: spa.exponential_log_attention(0.1, 0.1, 8), lambda: spa.exponential_log_attention(0.1, 0.2, 8),
+    lambda: spa.uniform_log_attention(0.2, 0.2, 8), lambda: spa.uniform_log_attention(0.2, 0.1, 8),
+    lambda: spa.exponential_kernel(float("nan"), 8), lambda: spa.uniform_kernel(1.0, 8)])
+def test_what_has_no_such_attention_is_refused(refused):
+    with pytest.raises(ValueError) as caught:
+        refused()
+    assert "\n" not in str(caught.value)
+
+
+# --- The recursion of section 4 -------------------------------------------------------------------------------------------
+
+@given(schedules(), repeat_rates, skips, st.floats(0, 1))
+def test_recursion_keeps_a_unit_diagonal(schedule, r, skip, slope):
+    """Every position keeps mean square 1 at every depth: with repeats, MLPs and skips."""
+    family, values, length = schedule
+    matrices = [log_attention(family, a, b, length) for a, b in zip(values, values[1:])]
+    blocks = list(spa.propagate(matrices, spa.repeat_kernel(r, length), lambda c: leaky_correlation(c, slope), *skip))
+    assert len(blocks) == len(matrices)
+    for layer, (n, sigma) in enumerate(blocks, 1):
+        assert n.shape == (length,) and np.all(n > 0)
+        assert np.allclose(np.diag(sigma), 1, rtol=0, atol=16 * EPS * layer)
+        assert np.array_equal(sigma, sigma.T) or np.allclose(sigma, sigma.T, rtol=0, atol=8 * length * EPS * layer)
+
+
+@given(schedules())
+def test_recursion_is_section_3_without_repeats_and_mlps(schedule):
+    family, values, length = schedule
+    matrices = [log_attention(family, a, b, length) for a, b in zip(values, values[1:])]
+    start = kernel(family, values[0], length)
+    for layer, (n, sigma) in enumerate(spa.propagate(matrices, start, lambda c: c), 1):
+        tolerance = layer * ((8 * length + 80) * EPS + 8 * length**3 * EPS * (family == "uniform"))
+        assert np.allclose(n, 1, rtol=0, atol=tolerance)
+        assert np.allclose(sigma, kernel(family, values[layer], length), rtol=0, atol=tolerance)
+
+
+@given(depths, gammas, lengths, repeat_rates)
+def test_repeats_are_amplified_as_derived(depth, gamma, length, r):
+    """Plain: E Sigma_l = (1-r) Sigma_l + r u u^T, u_i = phi^(i-1) + s (1 - phi^(i-1)) / (1 - phi)."""
+    values = spa.exponential_schedule(gamma, depth)
+    matrices = [spa.exponential_log_attention(a, b, length) for a, b in zip(values, values[1:])]
+    phi = np.exp(-gamma)
+    power = phi ** np.arange(length)
+    u = power + np.sqrt(-np.expm1(-2 * gamma)) * (1 - power) / -np.expm1(-gamma)
+    expected = (1 - r) * spa.exponential_kernel(gamma, length) + r * np.outer(u, u)
+    *_, (_, sigma) = spa.propagate(matrices, spa.repeat_kernel(r, length), lambda c: c, rescale=False)
+    # correlation() and back is a few roundings more a layer; 1 - phi^(i-1) loses gamma's digits: relative to power's EPS.
+    assert np.allclose(sigma, expected, rtol=depth * (8 * length + 80) * EPS + 8 * EPS / -np.expm1(-gamma))
+
+
+@given(depths, rhos, lengths, st.floats(0, 0.9))
+def test_uniform_attention_from_the_repeats_on_needs_no_correction(depth, rho, length, share):
+    """rho_0 = r: the attention-only part is exact, n = 1."""
+    values = spa.uniform_schedule(rho, depth, share * rho)
+    matrices = [spa.uniform_log_attention(a, b, length) for a, b in zip(values, values[1:])]
+    for n, _ in spa.propagate(matrices, spa.repeat_kernel(share * rho, length), lambda c: c):
+        assert np.allclose(n, 1, rtol=0, atol=depth * 8 * length**3 * EPS)
+
+
+@given(st.sampled_from(["espa", "uspa"]), gammas, rhos, repeat_rates, lengths)
+def test_the_constants_hold_repeats_down(attn, gamma, rho, r, length):
+    """In the first layer n^2 = 1 - r + r rowsum^2 for any A that takes I to a unit diagonal: D = rowsum / n."""
+    config = Config(depth=2, attn=attn, gamma=gamma, rho=rho, repeat_rate=r, length=length, eta=0.1, position="none")
+    rowsum = np.exp(model.log_attentions(config, length)[0]).sum(-1)
+    rescale = np.asarray(model.constants(config)["rescale"][0])
+    assert np.allclose(rescale, rowsum / np.sqrt(1 - r + r * rowsum**2), rtol=4 * EPS32)
+
+
+# --- The non-causal form ---------------------------------------------------------------------------------------------------
+
+@given(st.sampled_from(["exponential", "uniform"]), st.floats(0.05, 0.9), st.floats(0.05, 0.95), lengths)
+def test_symmetric_form_preserves_its_kernels(family, close, ratio, length):
+    """Sigma_out^(1/2) Sigma_in^(-1/2): what rounding costs is the inner kernel's condition number."""
+    out = -np.log(close) if family == "exponential" else close
+    before = out / ratio if family == "exponential" else out * ratio
+    sigma_in, sigma_out = kernel(family, before, length), kernel(family, out, length)
+    a = spa.symmetric_attention(sigma_in, sigma_out)
+    assert a.min() >= 0
+    tolerance = 8 * length * EPS * (np.linalg.cond(sigma_in) + np.linalg.cond(sigma_out))
+    assert np.max(np.abs(a @ sigma_in @ a.T - sigma_out)) <= tolerance
+    with pytest.raises(ValueError, match="no softmax makes this"):         # the other way round entries are negative
+        spa.symmetric_attention(sigma_out, sigma_in)
