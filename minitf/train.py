@@ -56,7 +56,7 @@ def train_step(params, opt_state, constants, batch, config):
     value, gradient = jax.value_and_grad(loss)(params, constants, batch, config)
     updates, opt_state = make_optimizer(config).update(gradient, opt_state, params)
     metrics = {"loss": value, "grad_norm": optax.tree.norm(gradient),
-               "grad_norms": jax.tree.map(optax.global_norm, gradient)}
+               "grad_norms": jax.tree.map(optax.tree.norm, gradient)}
     return optax.apply_updates(params, updates), opt_state, metrics
 
 
