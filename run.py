@@ -62,9 +62,10 @@ def make_parser():
     parser = Parser(prog="run.py", description=__doc__, allow_abbrev=False)
     for each in {each.name: each for each in (*fields(Sampling), *fields(Config))}.values():
         default = "" if each.default is None or each.name == "prompt" else f" (default: {each.default})"
-        parser.add_argument("--" + each.name.replace("_", "-"), type=kind(each), default=argparse.SUPPRESS,
-                            metavar="|".join(each.metadata["choices"]) or kind(each).__name__.upper(),
-                            help=(each.metadata["text"] + default).replace("%", "%%"))
+        how = dict(action="store_true") if kind(each) is bool else \
+            dict(type=kind(each), metavar="|".join(each.metadata["choices"]) or kind(each).__name__.upper())
+        parser.add_argument("--" + each.name.replace("_", "-"), default=argparse.SUPPRESS,
+                            help=(each.metadata["text"] + default).replace("%", "%%"), **how)
     where = parser.add_mutually_exclusive_group()
     for name, text in {"out": "a new folder for checkpoints and metrics (default: the next one under runs/)",
                        "resume": f"go on with the run in a folder; {', '.join(MAY_CHANGE)} may be given anew",
