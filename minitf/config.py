@@ -62,8 +62,10 @@ class Config:
                              "float32", "bfloat16")
     remat: bool = flag(False, "compute activations again in the backward pass, block by block: less memory, more time")
     seed: int = flag(0, "of initialisation and order of the data", low=0, high=2**31 - 1)
-    data: str | None = flag(None, "UTF-8 text: files, folders or globs, comma-separated; default: Shakespeare")
-    encoding: str | None = flag(None, "a tiktoken encoding's name, or a rank file; default: 1,024 byte pairs")
+    data: str | None = flag(None, "UTF-8 text: files, folders or globs, comma-separated, or a folder that data/prepare.py "
+                            "made; default: Shakespeare")
+    val_data: str | None = flag(None, "held-out text, as data; default: what was set aside, or the last tenth of data")
+    encoding: str | None = flag(None, "a tiktoken encoding's name, or a rank file; default: the prepared folder's, or 1,024 byte pairs")
 
     def __post_init__(self):
         for each in fields(self):

@@ -57,8 +57,8 @@ def draw(key, step, logits, temperature, top_k=None):
     return jnp.where(temperature > 0, drawn, jnp.argmax(logits))
 
 
-def sample(params, constants, tokens, count, config, seed=0, temperature=1.0, top_k=None):
-    """Yields `count` tokens drawn after the given ones (a list, not empty).
+def sample(params, constants, tokens, count, config, seed=0, temperature=1.0, top_k=None, known=True):
+    """Yields `count` tokens drawn after the given ones (a list, not empty), among those known, (V,) of bool.
 
     No position beyond the training length is ever used: neither learned positions nor what attention has learned is
     known there. A context that fills it is cut to its last half and encoded anew from position 0, which holds for
@@ -76,5 +76,5 @@ def sample(params, constants, tokens, count, config, seed=0, temperature=1.0, to
         else:
             logits, cache = decode(params, constants, cache, np.array(context[-1:], np.int32), len(context) - 1, config)
             logits = logits[0]
-        context.append(int(draw(key, step, logits, temperature, top_k)))
+        context.append(int(draw(key, step, jnp.where(known, logits, -jnp.inf), temperature, top_k)))
         yield context[-1]

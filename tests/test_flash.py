@@ -55,7 +55,7 @@ def test_the_kernel_computes_what_the_specification_says(shape, gammas, seed, si
                 value_and_gradients(specification, q, k, v, g, decay, rescale), sizes)
     for got, expected, largest in pairs:
         assert np.all(np.isfinite(got))
-        assert np.max(np.abs(got - expected)) <= 2 * relative * largest
+        assert np.max(np.abs(got - expected)) <= 2 * relative * largest + 1e-30       # what is flushed to zero
 
 
 @given(exponential_pairs, st.integers(0, 2**31 - 1), st.floats(0, 10))

@@ -217,7 +217,7 @@ def test_unit_mean_square_at_every_depth(attn):
 @lru_cache
 def deep_report(attn):
     tokens, vocabulary = corpus()
-    config = Config(depth=36, attn=attn, length=32, repeat_rate=data.repeat_rate(tokens, vocabulary))
+    config = Config(depth=36, attn=attn, length=32, repeat_rate=data.repeat_rate(data.count(tokens, vocabulary)))
     return report.report(config, data.spread_windows(tokens, 32, 2)[:, :-1], vocabulary)
 
 
