@@ -110,8 +110,7 @@ def train(config, out, checkpoint=None):
         out = make_folder(out, f"{config.block}-{config.attn}")
         lock = checkpoints.lock(out)
         require(not (out / "config.json").exists(), f"{out} was just taken by another run")
-    size = held_out_counts @ data.byte_lengths(encoding)
-    bits = len(held_out) / size / math.log(2)                                  # per byte, of a nat per token
+    bits = len(held_out) / (held_out_counts @ data.byte_lengths(encoding)) / math.log(2)   # per byte, of a nat per token
     unigram = data.unigram_loss(train_counts, held_out_counts)
     schedule = train.make_schedule(config)
     resume_with = f"python run.py --resume {out}"
@@ -232,16 +231,11 @@ def evaluate(folder, flags):
     from minitf.checkpoint import load_model
     refuse_others(flags, ["data"], "cannot be given with --eval")
     config, params, constants, encoding = load_model(folder)
-    if "data" in flags:
-        tokens, _, counts, *_ = data.read_tokens(flags["data"], encoding)
-        counts = counts.sum(0)
-    else:
-        corpus, _ = load(config, encoding)
-        tokens, counts = corpus.held_out, corpus.held_out_counts
-    nats = sum(train.total_loss(params, constants, *data.all_windows(span, config.length), config)
-               for span in data.spans(tokens, 64 * config.batch * config.length))
-    lengths = data.byte_lengths(encoding)
-    count, size = len(tokens) - 1, counts @ lengths - lengths[tokens[0]]
+    tokens = data.read_tokens(flags["data"], encoding)[0] if "data" in flags else load(config, encoding)[0].held_out
+    lengths, nats, size, count = data.byte_lengths(encoding), 0.0, 0, len(tokens) - 1
+    for span in data.spans(tokens, 64 * config.batch * config.length):
+        nats += train.total_loss(params, constants, *data.all_windows(span, config.length), config)
+        size += lengths[span[1:]].sum()
     print(f"{count:,} tokens, {size:,.0f} bytes: {nats / count:.4f} nats a token, "
           f"{nats / size / math.log(2):.4f} bits a byte, perplexity {math.exp(min(nats / count, 700)):.4g}")
 
@@ -284,8 +278,7 @@ def stop_signals():
 def load(config, encoding=None):
     """(data.Corpus, the configuration with what theory and the training tokens say); a given Encoding goes before its own."""
     from minitf import data, train
-    names = config.data or str(DATA)
-    corpus = data.load(names, encoding or config.encoding, config.length, config.val_data, str(ENCODING))
+    corpus = data.load(config.data or str(DATA), encoding or config.encoding, config.length, config.val_data, str(ENCODING))
     train.require_memory(config, data.vocabulary(corpus.encoding))
     rate = data.repeat_rate(corpus.train_counts) if config.repeat_rate is None else config.repeat_rate
     return corpus, replace(reachable(config), repeat_rate=rate)

@@ -82,7 +82,7 @@ def prepare(files, out, encoding, suffix="", held_out=0.01, processes=1):
     require(not os.path.lexists(out), f"{out} exists: a prepared corpus never overwrites anything")
     encoding = with_end_of_text(data.load_encoding(encoding))
     sources = [(name, Path(name).is_dir(), find_files(name, suffix)) for name in files]
-    sizes = [sum(path.stat().st_size for path in paths) for _, _, paths in sources]
+    sizes = [sum(map(os.path.getsize, paths)) for _, _, paths in sources]
     beside = out.absolute().with_name(f".{out.absolute().name}.part")
     beside.mkdir(parents=True, exist_ok=True)
     lock = checkpoint.lock(beside)
@@ -118,7 +118,7 @@ def find_files(name, suffix):
     if Path(name).is_dir() and suffixes:
         paths = [path for path in paths if path.name.endswith(suffixes)]
         require(paths, f"no file in {name} ends with {' or '.join(suffixes)}")
-    return paths
+    return [*map(str, paths)]                                              # of which there may be millions
 
 
 # --- Reading: documents in pieces, as a stream ------------------------------------------------------------------------
@@ -139,7 +139,7 @@ def pieces(sources):
     """Yields the pieces of all files, in order."""
     before = 0
     for _, is_folder, paths in sources:
-        for path in paths:
+        for path in map(Path, paths):
             with open(path, "rb") as file:
                 first, is_json = True, path.name.endswith(JSON_LINES)
                 position = file.tell if file.seekable() else int               # of a pipe it is not known
@@ -245,8 +245,9 @@ def start_worker(lock, reading, writing):
 
 
 def encode_task(task):
-    """[(raw, is_json, first, last)] -> tokens of all n pieces; how many each has, (n,); digests, (n, 32) and, of the first
-    part of each alone, (n, 32); {which: why it is no text}. What is blank or no text has no tokens.
+    """[(raw, is_json, first, last)], n pieces -> their tokens, how many of each (n,), digests (n, 32), {which: why it is no text}.
+
+    And, fourth, the digests of their first parts, (n, 32). What is blank or no text has no tokens.
     """
     tokens, digests, firsts, problems = [], [], [], {}
     for which, (raw, is_json, first, last) in enumerate(task):
@@ -286,7 +287,7 @@ def combine(digests):
 # --- Writing ------------------------------------------------------------------------------------------------------------
 
 def write_documents(folder, encoded, share, show):
-    """Writes tokens (.bin) and, of each document, digest (.digests) and end (.ends), for both parts; -> {why: how many skipped}."""
+    """Writes both parts' tokens (.bin) and their documents' digests (.digests) and .ends; -> {why: how many are skipped}."""
     skipped, ends = Counter(), [0, 0]
     with ExitStack() as stack:
         files = [[stack.enter_context(open(folder / f"{part}.{kind}", "wb")) for kind in ("bin", "digests", "ends")]
@@ -324,7 +325,7 @@ def write_documents(folder, encoded, share, show):
 
 
 def write_corpus(folder, encoding):
-    """Drops duplicates: writes tokens.bin, within train.bin, so that the disk holds tokens once, and tables.npz; -> manifest."""
+    """Drops duplicates: writes tokens.bin, in train.bin's place, so that the disk holds them once, and tables.npz; -> manifest."""
     manifest, counts, checksum = {"minitf": data.PREPARED}, np.zeros((2, encoding.n_vocab), np.int64), hashlib.sha256()
     with open(folder / "train.bin", "r+b") as out:
         for number, part in enumerate(PARTS):

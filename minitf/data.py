@@ -140,7 +140,7 @@ def encode(texts, encoding):
 # --- A corpus -----------------------------------------------------------------------------------------------------------
 
 class Corpus(NamedTuple):
-    """Tokens to train on and tokens held out, in memory or on disk, and how often each token of the encoding is in them, (V,)."""
+    """Tokens to train on and tokens held out, in memory or on disk; how often each of the encoding's is in them, (V,)."""
     encoding: tiktoken.Encoding
     train: np.ndarray
     held_out: np.ndarray
@@ -215,7 +215,7 @@ def read_prepared(folder, manifest, encoding):
     given = load_encoding(encoding) if isinstance(encoding, str) else encoding
     same = given is None or (given._mergeable_ranks == own._mergeable_ranks and given._pat_str == own._pat_str
                              and (isinstance(encoding, str) or given._special_tokens == own._special_tokens))
-    require(same, f"{folder} was prepared with the encoding {own.name} of {own.n_vocab:,} tokens, which is not the one to be used")
+    require(same, f"{folder} was prepared with another encoding, {own.name} of {own.n_vocab:,} tokens")
     end, counts = (end, counts) if end < len(tokens) else split(tokens, counts[0])
     return tokens, end, counts, own, checksum
 
