@@ -1,11 +1,10 @@
 """The headline experiments: which deep networks train without shortcuts, and at whose pace.
 
-    python experiments/headline.py run STAGE --data DIR     trains the runs of a stage; one metrics file a run
-    python experiments/headline.py report                   results.md's tables and the curves, from those files
+    python experiments/headline.py run STAGE [NAME ...] --data DIR    trains the runs of a stage, adds them to headline.jsonl
+    python experiments/headline.py report                             results.md's tables and the curves, from that file
 
 DIR is a folder that data/prepare.py made. Runs that differ in their learning rate and seed alone are trained side by
-side, as lanes of one program (vmap): each sees what it would see alone. They stop and go on where they were when the
-command is given again: a run whose file is there is not repeated.
+side, as lanes of one program (vmap): each sees what it would see alone. A run that is in headline.jsonl is not repeated.
 """
 import argparse
 import json
@@ -21,9 +20,8 @@ import numpy as np
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-METRICS = HERE / "headline"
-SHAPE = dict(depth=36, width=256, heads=4, length=256, batch=32, steps=500)
-LARGE = dict(depth=36, width=512, heads=8, length=256, batch=64, steps=600)
+METRICS = HERE / "headline.jsonl"
+SHAPE = dict(depth=36, width=256, heads=4, length=256, batch=32, steps=300)
 CONTENDERS = {                                            # name: (flags, middle of the grid of learning rates)
     "vanilla espa Muon": (dict(attn="espa", optimizer="muon"), 5e-4),
     "Pre-LN AdamW": (dict(block="preln", optimizer="adamw"), 2e-3),
@@ -35,91 +33,66 @@ CONTENDERS = {                                            # name: (flags, middle
     "vanilla vskip AdamW": (dict(attn="vskip", optimizer="adamw"), 1e-4),
     "vanilla uspa AdamW": (dict(attn="uspa", optimizer="adamw"), 1e-4),
 }
-GRID = 2.0 ** np.arange(-3, 3)                            # times the middle: the same number of trials for every contender
+RATES, ENDS = (0.5, 1.0, 2.0), (1.0, 4.0, 16.0)           # times the middle; times the blocks' rate, for embeddings and head
+BEYOND = {"Pre-LN AdamW": [(2.5e-4, 16.0), (5e-4, 16.0), (5e-4, 64.0), (1e-3, 64.0)]}     # where the best was at an edge
 
 
 # --- Stages: which runs there are ---------------------------------------------------------------------------------------
 
-def stage_runs(stage):
-    """[(name, flags, lanes)] of a stage; a lane is (learning rate, its multiple for embeddings and head, seed).
-
-    Rates come from the tuning before it.
-    """
-    if stage == "ends":
-        return [(name, SHAPE | flags | dict(steps=300), [(middle * factor, ends, 0) for factor in (0.5, 1, 2) for ends in ENDS])
-                for name, (flags, middle) in CONTENDERS.items() if name in ENDS_TUNED]
+def stage_runs(stage, names):
+    """[(name, flags, lanes)] of a stage; a lane is (learning rate, its multiple for embeddings and head, seed)."""
     if stage == "tune":
-        return [(name, SHAPE | flags, [(middle * factor, best_ends(name), 0) for factor in GRID])
-                for name, (flags, middle) in CONTENDERS.items()]
+        return [(name, SHAPE | flags, [(middle * factor, ends, 0) for factor in RATES for ends in ENDS])
+                for name, (flags, middle) in CONTENDERS.items() if name in names]
+    if stage == "beyond":
+        return [(name, SHAPE | CONTENDERS[name][0], [(*lane, 0) for lane in BEYOND[name]]) for name in names]
     if stage == "seeds":
-        return [(name, SHAPE | flags, [(best(name), best_ends(name), seed) for seed in (1, 2)])
-                for name, (flags, _) in CONTENDERS.items()]
-    if stage == "longer":                                 # how many steps until the standard transformer's final loss?
-        return [(name, SHAPE | CONTENDERS[name][0] | dict(steps=steps),
-                 [(best(name) * factor, best_ends(name), 0) for factor in (0.5, 1)])
-                for name, multiples in {"vanilla espa Muon": (1.3, 2, 4), "vanilla espa AdamW": (2, 5)}.items()
-                for steps in [round(SHAPE["steps"] * multiple) for multiple in multiples]]
-    narrower = (SHAPE["width"] / LARGE["width"])**0.5
-    return [(name, LARGE | CONTENDERS[name][0], [(best(name) * narrower, best_ends(name), seed) for seed in range(3)])
-            for name in ("Pre-LN AdamW", "vanilla espa Muon", "Pre-LN Muon", "weighted espa Muon")]
+        return [(name, SHAPE | CONTENDERS[name][0], [(*tuned(name), seed) for seed in (0, 1, 2)]) for name in names]
+    return [(name, SHAPE | CONTENDERS[name][0] | dict(steps=round(SHAPE["steps"] * multiple)), [(*tuned(name), 0)])
+            for name in names for multiple in (1.3, 2, 4)]
 
 
-STAGES = ("ends", "tune", "seeds", "longer", "large")
-ENDS = (1.0, 4.0, 16.0)
-ENDS_TUNED = ("vanilla espa Muon", "vanilla espa AdamW", "Pre-LN Muon", "Pre-LN AdamW")
+STAGES = ("tune", "beyond", "seeds", "longer")
 
 
-def tuned(stage, name):
-    """The run of a stage with the least held-out loss."""
-    return min((run for run in read_runs() if run["stage"] == stage and run["name"] == name), key=lambda run: run["held_out"])
-
-
-def best(name):
-    return tuned("tune", name)["learning_rate"]
-
-
-def best_ends(name):
-    """Tuned for one contender of a kind, and taken for the others."""
-    kind = ("vanilla espa " if name.startswith("vanilla") else "Pre-LN ") + name.split()[-1]
-    return tuned("ends", kind)["ends"]
+def tuned(name):
+    """(learning rate, multiple) with the least held-out loss."""
+    runs = [run for run in read_runs() if run["stage"] in ("tune", "beyond") and run["name"] == name]
+    run = min(runs, key=lambda run: run["held_out"] if math.isfinite(run["held_out"]) else math.inf)
+    return run["learning_rate"], run["ends"]
 
 
 def read_runs():
-    """What every metrics file says: its first line, the run; with the training losses at "steps"."""
-    runs = []
-    for path in sorted(METRICS.glob("*.jsonl")):
-        head, *lines = map(json.loads, path.read_text().splitlines())
-        runs.append(head | {"at": [line["step"] for line in lines], "loss": [line["loss"] for line in lines]})
-    return runs
+    """Every line of headline.jsonl: a run, with its training losses up to steps "at" where they were kept."""
+    return [json.loads(line) for line in METRICS.read_text().splitlines()] if METRICS.exists() else []
 
 
-def file_of(stage, name, flags, rate, ends, seed):
-    name = name.replace(" ", "-").lower()
-    return METRICS / f"{stage}-{name}-{flags['width']}-{flags['steps']}-{rate:.2e}-{ends:g}-{seed}.jsonl"
+def key(stage, name, steps, lane):
+    return stage, name, steps, *lane
 
 
 # --- Training lanes side by side ----------------------------------------------------------------------------------------
 
-def run_stage(stage, folder):
+def run_stage(stage, names, folder):
     import jax
     from minitf import Config, data
     corpus = data.load(str(folder), None, SHAPE["length"])
-    vocabulary = data.vocabulary(corpus.encoding)
     bits = len(corpus.held_out) / (corpus.held_out_counts @ data.byte_lengths(corpus.encoding)) / math.log(2)
-    METRICS.mkdir(exist_ok=True)
-    for name, flags, lanes in stage_runs(stage):
-        lanes = [lane for lane in lanes if not file_of(stage, name, flags, *lane).exists()]
+    done = {key(run["stage"], run["name"], run["flags"]["steps"], (run["learning_rate"], run["ends"], run["seed"]))
+            for run in read_runs()}
+    for name, flags, lanes in stage_runs(stage, names):
+        lanes = [lane for lane in lanes if key(stage, name, flags["steps"], lane) not in done]
         if not lanes:
             continue
-        config = Config(**flags, repeat_rate=data.repeat_rate(corpus.train_counts))
-        begin = time.perf_counter()
-        at, losses, held_out = train_lanes(config, lanes, corpus, vocabulary)
+        config, begin = Config(**flags, repeat_rate=data.repeat_rate(corpus.train_counts)), time.perf_counter()
+        at, losses, held_out = train_lanes(config, lanes, corpus, data.vocabulary(corpus.encoding))
         seconds = time.perf_counter() - begin
-        for lane, (rate, ends, seed) in enumerate(lanes):
-            head = dict(stage=stage, name=name, learning_rate=rate, ends=ends, seed=seed, held_out=held_out[lane],
-                        bits_per_byte=held_out[lane] * bits, flags=flags, device=jax.devices()[0].device_kind)
-            lines = [dict(step=int(step), loss=round(float(loss), 4)) for step, loss in zip(at, losses[:, lane])]
-            file_of(stage, name, flags, rate, ends, seed).write_text("\n".join(map(json.dumps, [head, *lines])) + "\n")
+        with open(METRICS, "a") as file:
+            for lane, (rate, ends, seed) in enumerate(lanes):
+                file.write(json.dumps(dict(
+                    stage=stage, name=name, learning_rate=rate, ends=ends, seed=seed, held_out=held_out[lane],
+                    bits_per_byte=held_out[lane] * bits, flags=flags, device=jax.devices()[0].device_kind,
+                    at=at.tolist(), loss=losses[:, lane].astype(float).round(3).tolist())) + "\n")
         print(f"{stage} {name} {config.steps} steps, {seconds:.0f} s: " + ", ".join(
             f"{rate:.2g}x{ends:g}/{seed} {value:.3f}" for (rate, ends, seed), value in zip(lanes, held_out)), flush=True)
 
@@ -166,8 +139,8 @@ def train_lanes(config, lanes, corpus, vocabulary, every=10, windows=512):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("run", "report"))
-    parser.add_argument("stage", nargs="*", choices=(*STAGES, []))
+    parser.add_argument("stage", nargs="?", choices=STAGES)
+    parser.add_argument("names", nargs="*", default=list(CONTENDERS), help=", ".join(CONTENDERS))
     parser.add_argument("--data", type=Path)
     arguments = parser.parse_args()
-    for stage in arguments.stage:
-        run_stage(stage, arguments.data)
+    run_stage(arguments.stage, arguments.names, arguments.data)
