@@ -286,3 +286,15 @@ def test_gradients_and_kernels_survive_without_skips_and_norms():
     assert np.all(espa["gradient cosine"] < 0.5) and softmax["gradient cosine"][30] > 0.5
     assert espa["mean cosine"][-1] < 0.99 < 0.9999 < softmax["mean cosine"][-1]
     assert len(report.table(espa).splitlines()) == 38
+
+
+@given(seeds, st.sampled_from(["float32", "bfloat16"]), st.integers(1, 100))
+def test_rounding_is_not_taken_for_rank(seed, dtype, depth):
+    """Tokens that are one vector, but for as many roundings as a network of this depth makes; ten times the errors are rank."""
+    rng, width, length = np.random.default_rng(seed), 64, 32
+    least = report.rounded_rank(width, length, depth, dtype)
+    one = np.float32(rng.normal(size=width) * np.ones((length, 1)))
+    noise = rng.uniform(-1, 1, (report.ROUNDINGS * depth, length, width)).sum(0) * float(jnp.finfo(dtype).eps) / 2
+    rank = lambda x: report.effective_rank(np.asarray(jnp.einsum("id,jd->ij", x, x)) / width)
+    assert rank(np.float32(one * (1 + noise))) <= least
+    assert rank(np.float32(one * (1 + (10 if dtype == "bfloat16" else 1e5) * noise))) > least
