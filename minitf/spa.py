@@ -141,10 +141,11 @@ def cholesky_attention(kernel_in, kernel_out):
 
 
 def symmetric_attention(kernel_in, kernel_out):
-    """The non-causal form: A = Sigma_out^(1/2) Sigma_in^(-1/2), shape (T, T), for kernels of one family.
+    """The non-causal form: A = Sigma_out^(1/2) Sigma_in^(-1/2), shape (T, T).
 
-    Kernels of one family share their limit of eigenvectors, and A is non-negative in exact arithmetic in every case
-    tried; entries that rounding made negative become 0, and ValueError says so where A is negative beyond rounding.
+    A Sigma_in A^T = Sigma_out for any two kernels. Uniform kernels share their eigenvectors, which makes A symmetric;
+    exponential ones do not, nor is it. Between kernels of one family, in the order of the schedules, A is non-negative
+    in exact arithmetic in every case tried: entries that rounding made negative become 0; ValueError for those beyond it.
     """
     def power(kernel, exponent):
         values, vectors = np.linalg.eigh(kernel)

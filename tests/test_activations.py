@@ -60,6 +60,23 @@ def test_conditions_hold_or_the_target_is_refused(name, transform, depth, skip):
         assert abs(W @ slope**2 - 1) < 1e-5 and abs(max(depth * beta**2, 1) * (W @ second**2) - 0.3) < 1e-3
 
 
+@few
+@given(st.sampled_from(activations.NAMES), st.sampled_from(activations.TRANSFORMS), st.integers(13, 100), st.integers(0, 2**31 - 1))
+def test_the_network_computes_this_activation(name, transform, depth, seed):
+    """In float32, against phi in float64. Each of a few roundings is of a number no larger than 1 + |x| times the scales and
+    shifts, or than what the output scale multiplies; all of these phi grow by 1.13 at most for 1 in their input.
+    """
+    try:
+        a = activations.solve(name, transform, depth)
+    except OutOfReach:
+        return
+    x = 3 * np.random.default_rng(seed).normal(size=64).astype(np.float32)
+    inside = 2 * (np.abs(a.input_scale * x) + abs(a.input_shift))
+    size = a.output_scale * (inside + np.abs(phi(a, x.astype(float)) / a.output_scale) + 2 * abs(a.output_shift) + 1)
+    assert np.all(np.abs(np.asarray(a(x), float) - phi(a, x.astype(float))) <= 4 * np.finfo(np.float32).eps * size)
+    assert a(x).dtype == np.float32
+
+
 @given(st.integers(13, 200), st.floats(0.1, 0.9))
 def test_tat_of_a_leaky_relu_reaches_eta(depth, eta):
     """C_f(0) = eta in every vanilla stack of 13 blocks or more; at depth 36 and eta = 0.9 the slope is 0.351121."""
