@@ -40,6 +40,10 @@ class Activation:
     output_scale: float = 1.0
     output_shift: float = 0.0
 
+    def __post_init__(self):
+        for name in ("slope", "input_scale", "input_shift", "output_scale", "output_shift"):
+            object.__setattr__(self, name, float(getattr(self, name)))      # NumPy's numbers would turn bfloat16 into float32
+
     def __call__(self, x):
         """In the network: any shape, elementwise, in x's own dtype."""
         if self.name in SLOPES:                          # a positive input scale would be an output scale
