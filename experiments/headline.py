@@ -136,6 +136,45 @@ def train_lanes(config, lanes, corpus, vocabulary, every=10, windows=512):
     return (np.arange(len(losses) // every) + 1) * every, losses.reshape(-1, every, len(lanes)).mean(1), held_out.tolist()
 
 
+# --- What came out ------------------------------------------------------------------------------------------------------
+
+def report():
+    """Replaces what follows TABLES in results.md, and draws headline.png from the runs whose losses were kept."""
+    runs = read_runs()
+    lines = []
+    for name in {run["name"]: None for run in runs}:
+        tuning = [run for run in runs if run["name"] == name and run["stage"] in ("tune", "beyond")]
+        ends = sorted({run["ends"] for run in tuning})
+        lines += [f"\n**{name}**, {tuning[0]['flags']['steps']} steps\n",
+                  "| blocks' rate | " + " | ".join(f"ends x {each:g}" for each in ends) + " |", "| --- |" + " --- |" * len(ends)]
+        for rate in sorted({run["learning_rate"] for run in tuning}):
+            cells = {run["ends"]: f"{run['held_out']:.3f} ({run['bits_per_byte']:.3f})" for run in tuning if run["learning_rate"] == rate}
+            lines.append(f"| {rate:.3g} | " + " | ".join(cells.get(each, "") for each in ends) + " |")
+    lines += ["\n**longer, and other seeds**\n", "| run | steps | blocks' rate, ends | seed | held out |", "| --- | --- | --- | --- | --- |"]
+    lines += [f"| {run['name']} | {run['flags']['steps']} | {run['learning_rate']:.3g} x {run['ends']:g} | {run['seed']} | "
+              f"{run['held_out']:.3f} ({run['bits_per_byte']:.3f}) |" for run in runs if run["stage"] in ("longer", "seeds")]
+    results = HERE / "results.md"
+    before = results.read_text().split(TABLES)[0]
+    results.write_text(before + TABLES + "\n" + "\n".join(lines) + "\n")
+    draw([run for run in runs if "at" in run and (run["stage"] != "tune" or (run["learning_rate"], run["ends"]) == tuned(run["name"]))])
+
+
+TABLES = "## All runs"
+
+
+def draw(runs):
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for run, style in zip(runs, ("k-", "k--", "k:", "k-.")):
+        axes.plot(run["at"], run["loss"], style, label=f"{run['name']}, {run['flags']['steps']} steps: held out {run['held_out']:.3f}")
+    axes.set(xlabel="step", ylabel="training loss, nats a token", ylim=(2.4, 6),
+             title="36 blocks, width 256, Python source: no skips and no norms (vanilla)\nbeside the standard transformer (Pre-LN)")
+    axes.legend()
+    figure.savefig(HERE / "headline.png", dpi=110)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("run", "report"))
@@ -143,4 +182,7 @@ if __name__ == "__main__":
     parser.add_argument("names", nargs="*", default=list(CONTENDERS), help=", ".join(CONTENDERS))
     parser.add_argument("--data", type=Path)
     arguments = parser.parse_args()
-    run_stage(arguments.stage, arguments.names, arguments.data)
+    if arguments.what == "report":
+        report()
+    else:
+        run_stage(arguments.stage, arguments.names, arguments.data)

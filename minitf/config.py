@@ -56,6 +56,7 @@ class Config:
     optimizer: str | None = flag(None, "optimizer", "muon", "adamw")
     learning_rate: float | None = flag(None, "peak learning rate; default: what suits block, optimizer and size",
                                        above=0)
+    ends: float = flag(1.0, "learning rate of embeddings and head, as a multiple of the blocks'", above=0)
     warmup: int | None = flag(None, "steps of linear warm-up; default: a twentieth of the steps", low=0)
     weight_decay: float = flag(0.0, "decoupled weight decay of matrices", low=0)
     dtype: str | None = flag(None, "arithmetic; default: bfloat16 on an accelerator, float32 on a CPU",

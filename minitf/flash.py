@@ -13,7 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
+
+try:
+    from jax.experimental.pallas import triton
+except ImportError:                                       # deprecated in jax 0.11: model.attend_fused does without
+    triton = None
 
 BLOCK = 64                                                # keys in a block, and queries in the backward pass
 QUERIES = 128                                             # in a block of the forward pass
@@ -163,7 +167,7 @@ def call(kernel, shape, block, inputs, outputs, interpret, stages, warps):
     return pl.pallas_call(
         kernel, grid=(length // block, batch, heads), in_specs=[named[name] for name in inputs.split()],
         out_specs=[named[name] for name, _ in outputs], out_shape=[shape for _, shape in outputs], interpret=interpret,
-        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=stages))
+        compiler_params=triton and triton.CompilerParams(num_warps=warps, num_stages=stages))
 
 
 def forward(q, k, v, decay, rescale, interpret):

@@ -122,9 +122,11 @@ def decay_bias(decay, start, count, length):
 
 def attend_fused(q, k, v, bias, decay, rescale):
     """The same in bfloat16 without a T x T array of logits: flash.py for a decay, else cuDNN's flash attention."""
-    if decay is not None:
+    if decay is not None and flash.triton:
         whole = lambda x: x.reshape(-1, *x.shape[-3:])
         return flash.attend(whole(q), whole(k), whole(v), decay, rescale).reshape(q.shape)
+    if decay is not None:
+        bias = decay_bias(decay, 0, q.shape[-3], k.shape[-3])
     if bias is not None:
         bias = jnp.tril(bias).astype(v.dtype)[None, None]                                   # is_causal does the mask
     out = jax.nn.dot_product_attention(q, k, v, bias, is_causal=True, implementation="cudnn")

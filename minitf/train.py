@@ -67,7 +67,9 @@ def make_optimizer(config):
         dimensions = lambda params: jax.tree.map(lambda matrix: stacked if matrix else None, is_matrix(params))
         optimizer = muon(schedule, weight_decay=config.weight_decay, adam_b2=0.95, consistent_rms=0.2,
                          muon_weight_dimension_numbers=dimensions)
-    return optax.chain(optax.clip_by_global_norm(1.0), optimizer)
+    # Embeddings and head stand once in the network: what limits the rate of blocks, that their changes add up, spares them.
+    outside = lambda params: {name: name != "blocks" for name in params}
+    return optax.chain(optax.clip_by_global_norm(1.0), optimizer, optax.masked(optax.scale(config.ends), outside))
 
 
 @partial(jax.jit, static_argnames="config", donate_argnums=(0, 1))

@@ -87,3 +87,17 @@ def test_the_decay_is_the_prescribed_attention(gammas, length):
     assert np.allclose(rows[:, 0], attention.sum(1), rtol=1e-9)
     x = np.random.default_rng(length).normal(size=(length, 3))
     assert np.allclose(spa.exponential_attend(*gammas, x), attention @ x, rtol=0, atol=1e-9 * attention.sum(1).max())
+
+
+def test_the_kernel_can_be_lowered_for_a_gpu():
+    """The interpreter runs more than the GPU's compiler takes: the first stage of that one needs no GPU."""
+    if not hasattr(jax.sharding, "AbstractDevice"):
+        pytest.skip("this jax cannot lower for a device that is not there")
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
+    array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
+    qkv = [array(3, 2, 200, 2, 64, dtype=jnp.bfloat16)] * 3
+    loss = lambda q, k, v, decay, rescale: jnp.sum(flash.attend(q, k, v, decay, rescale).astype(jnp.float32))
+    gradient = jax.vmap(jax.grad(loss, (0, 1, 2)), (0, 0, 0, None, None))
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)):
+        lowered = jax.jit(gradient).trace(*qkv, array(3), array(200)).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("forward_kernel") and lowered.as_text().count("query_kernel")

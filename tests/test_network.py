@@ -154,6 +154,16 @@ def test_bfloat16_stays_bfloat16(block, act, transform):
     assert jax.tree.map(lambda g: (g.shape, g.dtype), gradients) == jax.tree.map(lambda p: (p.shape, p.dtype), params)
 
 
+@pytest.mark.parametrize("block", BLOCKS)
+def test_rematerialised_gradients_are_the_same(block):
+    """--remat computes the same numbers again; a fused sum may round otherwise."""
+    config = Config(block=block, transform="none", act="relu", depth=3, width=D, length=T, repeat_rate=0.1)
+    params, tokens = stirred(init(jax.random.key(0), config, V), 1, 0.1), random_tokens(2, 2, T + 1)
+    gradient = jax.jit(jax.grad(lambda p, c: train.loss(p, model.constants(config), tokens, c)), static_argnums=1)
+    for kept, again in zip(*map(jax.tree.leaves, (gradient(params, config), gradient(params, replace(config, remat=True))))):
+        assert np.max(np.abs(kept - again)) <= 1e3 * EPS32 * np.max(np.abs(kept))
+
+
 # --- In the mean over initialisations --------------------------------------------------------------------------------------
 
 @lru_cache
