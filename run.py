@@ -12,7 +12,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 DATA, ENCODING = HERE / "data/shakespeare.txt", HERE / "data/shakespeare.tiktoken"
-MAY_CHANGE = "steps", "learning_rate", "save_every", "data"            # on resuming; the data's tokens must be the same
+MAY_CHANGE = "steps", "learning_rate", "save_every", "data", "val_data"   # on resuming; the data's tokens must be the same
 
 
 def main(arguments=None):
@@ -62,9 +62,10 @@ def make_parser():
     parser = Parser(prog="run.py", description=__doc__, allow_abbrev=False)
     for each in {each.name: each for each in (*fields(Sampling), *fields(Config))}.values():
         default = "" if each.default is None or each.name == "prompt" else f" (default: {each.default})"
-        parser.add_argument("--" + each.name.replace("_", "-"), type=kind(each), default=argparse.SUPPRESS,
-                            metavar="|".join(each.metadata["choices"]) or kind(each).__name__.upper(),
-                            help=(each.metadata["text"] + default).replace("%", "%%"))
+        how = dict(action="store_true") if kind(each) is bool else \
+            dict(type=kind(each), metavar="|".join(each.metadata["choices"]) or kind(each).__name__.upper())
+        parser.add_argument("--" + each.name.replace("_", "-"), default=argparse.SUPPRESS,
+                            help=(each.metadata["text"] + default).replace("%", "%%"), **how)
     where = parser.add_mutually_exclusive_group()
     for name, text in {"out": "a new folder for checkpoints and metrics (default: the next one under runs/)",
                        "resume": f"go on with the run in a folder; {', '.join(MAY_CHANGE)} may be given anew",
@@ -96,31 +97,26 @@ def train(config, out, checkpoint=None):
     started = time.perf_counter()
     if not checkpoint:
         require_new(out)
-    encoding = checkpoint.encoding if checkpoint else data.load_encoding(config.encoding or str(ENCODING))
-    tokens, held_out = data.load(config.data or str(DATA), encoding, config.length)
-    vocabulary, digest = encoding.n_vocab, data.digest(tokens)
+    corpus, config = load(config, checkpoint and checkpoint.encoding)
+    encoding, tokens, held_out, train_counts, held_out_counts, digest = corpus
     if checkpoint:
         require(digest == checkpoint.digest, "data is not what the run was trained on: its tokens must be the same")
         params, opt_state, start = checkpoint.params, checkpoint.opt_state, checkpoint.step
         constants = model.constants(config)
     else:
-        train.require_memory(config, vocabulary)
-        config = reachable(config)
-        if config.repeat_rate is None:
-            config = replace(config, repeat_rate=data.repeat_rate(tokens, vocabulary))
-        constants = model.constants(config)
-        params = jax.jit(model.init, static_argnums=(1, 2))(jax.random.key(config.seed), config, vocabulary)
+        constants, key = model.constants(config), jax.random.key(config.seed)
+        params = jax.jit(model.init, static_argnums=(1, 2))(key, config, data.vocabulary(encoding))
         opt_state, start = train.make_optimizer(config).init(params), 0
         out = make_folder(out, f"{config.block}-{config.attn}")
         lock = checkpoints.lock(out)
         require(not (out / "config.json").exists(), f"{out} was just taken by another run")
-    bits = 1 / math.log(2) / data.bytes_per_token(held_out, encoding)          # per byte, of a nat per token
-    unigram = data.unigram_loss(tokens, held_out, vocabulary)
+    bits = len(held_out) / (held_out_counts @ data.byte_lengths(encoding)) / math.log(2)   # per byte, of a nat per token
+    unigram = data.unigram_loss(train_counts, held_out_counts)
     schedule = train.make_schedule(config)
     resume_with = f"python run.py --resume {out}"
 
     (out / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
-    describe(config, params, tokens, held_out, encoding, out)
+    describe(config, params, corpus, out)
     with open(out / "metrics.jsonl", "a") as metrics, Progress(config) as progress, stop_signals() as stop:
         def record(step, values):
             """One line of metrics for a step that was sent off; waits for it. Exits where it is not finite."""
@@ -221,10 +217,10 @@ def sample(folder, flags):
 def show_sample(trained, prompt, count, seed=0, temperature=0.8, top_k=None):
     """Prints the prompt's tokens and `count` drawn after them, each as soon as it is there."""
     from itertools import chain
-    from minitf import decode
+    from minitf import data, decode
     from minitf.show import stream
     config, params, constants, encoding = trained
-    drawn = decode.sample(params, constants, prompt, count, config, seed, temperature, top_k)
+    drawn = decode.sample(params, constants, prompt, count, config, seed, temperature, top_k, data.known(encoding))
     stream(chain(prompt, drawn), encoding, lambda text: print(text, end="", flush=True))
     print(flush=True)
 
@@ -235,12 +231,11 @@ def evaluate(folder, flags):
     from minitf.checkpoint import load_model
     refuse_others(flags, ["data"], "cannot be given with --eval")
     config, params, constants, encoding = load_model(folder)
-    if "data" in flags:
-        tokens = data.encode([data.read_text(path) for path in data.find_files(flags["data"])], encoding)
-    else:
-        _, tokens = data.load(config.data or str(DATA), encoding, config.length)
-    nats = train.total_loss(params, constants, *data.all_windows(tokens, config.length), config)
-    count, size = len(tokens) - 1, data.bytes_per_token(tokens[1:], encoding) * (len(tokens) - 1)
+    tokens = data.read_tokens(flags["data"], encoding)[0] if "data" in flags else load(config, encoding)[0].held_out
+    lengths, nats, size, count = data.byte_lengths(encoding), 0.0, 0, len(tokens) - 1
+    for span in data.spans(tokens, 64 * config.batch * config.length):
+        nats += train.total_loss(params, constants, *data.all_windows(span, config.length), config)
+        size += lengths[span[1:]].sum()
     print(f"{count:,} tokens, {size:,.0f} bytes: {nats / count:.4f} nats a token, "
           f"{nats / size / math.log(2):.4f} bits a byte, perplexity {math.exp(min(nats / count, 700)):.4g}")
 
@@ -249,16 +244,13 @@ def inspect(config, plot):
     """Trains nothing: prints the kernel report of the initialised network on held-out text; draws it into `plot`."""
     from minitf import data, report
 
-    config = reachable(config)
-    encoding = data.load_encoding(config.encoding or str(ENCODING))
-    tokens, held_out = data.load(config.data or str(DATA), encoding, config.length)
-    if config.repeat_rate is None:
-        config = replace(config, repeat_rate=data.repeat_rate(tokens, encoding.n_vocab))
-    windows = data.spread_windows(held_out, config.length, report.WINDOWS)[:, :-1]
-    out = report.report(config, windows, encoding.n_vocab)
+    corpus, config = load(config)
+    vocabulary = data.vocabulary(corpus.encoding)
+    windows = data.spread_windows(corpus.held_out, config.length, report.WINDOWS)[:, :-1]
+    out = report.report(config, windows, vocabulary)
     print(report.table(out))
     if plot:
-        report.plot(out, report.report(replace(config, attn="softmax"), windows, encoding.n_vocab), config, plot)
+        report.plot(out, report.report(replace(config, attn="softmax"), windows, vocabulary), config, plot)
     print(report.verdict(out, config))
 
 
@@ -281,6 +273,15 @@ def stop_signals():
         yield received
     finally:
         restore()
+
+
+def load(config, encoding=None):
+    """(data.Corpus, the configuration with what theory and the training tokens say); a given Encoding goes before its own."""
+    from minitf import data, train
+    corpus = data.load(config.data or str(DATA), encoding or config.encoding, config.length, config.val_data, str(ENCODING))
+    train.require_memory(config, data.vocabulary(corpus.encoding))
+    rate = data.repeat_rate(corpus.train_counts) if config.repeat_rate is None else config.repeat_rate
+    return corpus, replace(reachable(config), repeat_rate=rate)
 
 
 def reachable(config):

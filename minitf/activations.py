@@ -40,11 +40,16 @@ class Activation:
     output_scale: float = 1.0
     output_shift: float = 0.0
 
+    def __post_init__(self):
+        for name in ("slope", "input_scale", "input_shift", "output_scale", "output_shift"):
+            object.__setattr__(self, name, float(getattr(self, name)))      # NumPy's numbers would turn bfloat16 into float32
+
     def __call__(self, x):
         """In the network: any shape, elementwise, in x's own dtype."""
         if self.name in SLOPES:                          # a positive input scale would be an output scale
-            return self.output_scale * (jnp.where(x < 0, self.slope * x, x) + self.output_shift)
-        return self.output_scale * (SMOOTH[self.name][1](self.input_scale * x + self.input_shift) + self.output_shift)
+            return self.output_scale * (leaky(x, self.slope) + self.output_shift)
+        smooth = jax.checkpoint(SMOOTH[self.name][1])        # the backward pass keeps its input, not its many steps
+        return self.output_scale * (smooth(self.input_scale * x + self.input_shift) + self.output_shift)
 
     def correlation_map(self, c):
         """C(c) for -1 <= c <= 1, any shape: a power series with coefficients >= 0 (Hermite), or its closed form."""
@@ -59,6 +64,16 @@ class Activation:
         if self.name in SLOPES:
             return self.output_scale**2 * leaky_moment(self.slope, self.output_shift)
         return np.sum(hermite(self)**2)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def leaky(x, slope):
+    """max(x, slope x) for 0 <= slope <= 1. Its own gradient: the sign is known from the output, nothing else is kept."""
+    return jnp.maximum(x, slope * x)
+
+
+leaky.defvjp(lambda x, slope: (leaky(x, slope),) * 2,
+             lambda slope, y, gradient: (jnp.where(y > 0, gradient, slope * gradient),))
 
 
 def solve(name, transform, depth, alpha=0.0, beta=1.0, eta=0.9, zeta=1.5, tau=0.3):

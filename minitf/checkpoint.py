@@ -30,7 +30,7 @@ class Checkpoint(NamedTuple):
     step: int
     config: Config
     encoding: tiktoken.Encoding
-    digest: str                           # of the training tokens: see data.digest
+    digest: str                           # of the training tokens: see data.Corpus
     params: dict
     opt_state: tuple
 
@@ -51,11 +51,9 @@ def save(folder, checkpoint):
     arrays = {name: np.asarray(leaf) for name, leaf in train.named_leaves(dict(zip(("params", "opt_state"), trees)))}
     for name, array in arrays.items():
         require(np.isfinite(array).all(), f"{name} is not finite after step {step}: not saved")
-    pairs = encoding._mergeable_ranks
-    arrays |= {"bytes": np.frombuffer(b"".join(pairs), np.uint8), "lengths": np.array([*map(len, pairs)], np.int32),
-               "ranks": np.array([*pairs.values()], np.int32)}
-    meta = {"format": FORMAT, "step": step, "config": asdict(config), "digest": digest, "encoding": encoding.name,
-            "pattern": encoding._pat_str, "special": encoding._special_tokens}
+    pairs, names = data.pack_encoding(encoding)
+    meta = {"format": FORMAT, "step": step, "config": asdict(config), "digest": digest, **names}
+    arrays |= pairs
     arrays["meta"] = np.frombuffer(json.dumps(meta).encode(), np.uint8)
     write(Path(folder) / f"checkpoint-{step:08}.npz", lambda file: np.savez(file, **arrays, sha256=checksum(arrays)))
     older = [path for path in checkpoints(folder) if number(path) <= step][KEPT:]
@@ -175,12 +173,8 @@ def restore(arrays):
     meta = json.loads(arrays["meta"].tobytes())
     require(meta["format"] == FORMAT, f"its format is {meta['format']!r}, known is {FORMAT}")
     require(type(meta["step"]) is int and meta["step"] >= 0, f"its step is {meta['step']!r}")
-    config, ends = Config(**meta["config"]), np.cumsum(arrays["lengths"])
-    require(ends[-1] == len(arrays["bytes"]), "its encoding is not whole")
-    pairs = {arrays["bytes"][end - length:end].tobytes(): int(rank)
-             for end, length, rank in zip(ends, arrays["lengths"], arrays["ranks"], strict=True)}
-    encoding = data.make_encoding(meta["encoding"], pairs, meta["pattern"], meta["special"])
-    params = jax.eval_shape(lambda: model.init(jax.random.key(0), config, encoding.n_vocab))
+    config, encoding = Config(**meta["config"]), data.unpack_encoding(arrays, meta)
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), config, data.vocabulary(encoding)))
     template = {"params": params, "opt_state": jax.eval_shape(train.make_optimizer(config).init, params)}
     for name, leaf in train.named_leaves(template):
         require(name in arrays, f"it lacks {name}")

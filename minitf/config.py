@@ -56,13 +56,17 @@ class Config:
     optimizer: str | None = flag(None, "optimizer", "muon", "adamw")
     learning_rate: float | None = flag(None, "peak learning rate; default: what suits block, optimizer and size",
                                        above=0)
+    ends: float = flag(1.0, "learning rate of embeddings and head, as a multiple of the blocks'", above=0)
     warmup: int | None = flag(None, "steps of linear warm-up; default: a twentieth of the steps", low=0)
     weight_decay: float = flag(0.0, "decoupled weight decay of matrices", low=0)
     dtype: str | None = flag(None, "arithmetic; default: bfloat16 on an accelerator, float32 on a CPU",
                              "float32", "bfloat16")
+    remat: bool = flag(False, "compute activations again in the backward pass, block by block: less memory, more time")
     seed: int = flag(0, "of initialisation and order of the data", low=0, high=2**31 - 1)
-    data: str | None = flag(None, "UTF-8 text: files, folders or globs, comma-separated; default: Shakespeare")
-    encoding: str | None = flag(None, "a tiktoken encoding's name, or a rank file; default: 1,024 byte pairs")
+    data: str | None = flag(None, "UTF-8 text: files, folders or globs, comma-separated, or a folder that data/prepare.py "
+                            "made; default: Shakespeare")
+    val_data: str | None = flag(None, "held-out text, as data; default: what was set aside, or the last tenth of data")
+    encoding: str | None = flag(None, "a tiktoken encoding's name, or a rank file; default: the prepared folder's, or 1,024 byte pairs")
 
     def __post_init__(self):
         for each in fields(self):
@@ -117,11 +121,11 @@ def validate(configuration, each):
     if value is None and each.default is None:
         return
     allowed_types = (int, float) if kind(each) is float else kind(each)
-    require(isinstance(value, allowed_types) and not isinstance(value, bool),
+    require(isinstance(value, allowed_types) and (allowed_types is bool or not isinstance(value, bool)),
             f"{name} must be of type {kind(each).__name__}, not {value!r}")
     if limits["choices"]:
         require(value in limits["choices"], f"{name} must be one of {', '.join(limits['choices'])}, not {value!r}")
-    elif not isinstance(value, str):
+    elif not isinstance(value, (str, bool)):
         bounds = {"at least": limits["low"], "at most": limits["high"], "above": limits["above"], "below": limits["below"]}
         allowed = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if isfinite(bound))
         fine = limits["low"] <= value <= limits["high"] and limits["above"] < value < limits["below"]

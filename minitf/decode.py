@@ -26,16 +26,17 @@ def decode(params, constants, cache, tokens, start, config):
     so tokens may be padded. The old cache is given up.
     """
     x = model.embed(params, tokens, config, start)                                          # (S, d)
-    own = jax.tree.map(lambda table: jax.lax.dynamic_slice_in_dim(table, start, len(tokens), 1), constants)
+    own = {name: table if name == "decay" else jax.lax.dynamic_slice_in_dim(table, start, len(tokens), 1)
+           for name, table in constants.items()}                                            # the new positions' rows
     layers = params["blocks"], own, jnp.arange(config.depth)
     (x, cache), _ = jax.lax.scan(lambda state, layer: (block(*state, *layer, start, config), None), (x, cache), layers)
-    return model.unembed(params, x, config), cache
+    return model.unembed(params, x, config).astype(jnp.float32), cache
 
 
 def block(x, cache, weights, constants, layer, start, config):
     """One block for new tokens: (x (S, d), cache) -> the same, after the block.
 
-    constants: the new positions' rows, bias (S, T) and rescale (S,). The cache is that of all layers, changed in place.
+    constants: bias (S, T) or decay (3,), and rescale (S,). The cache is that of all layers, changed in place.
     """
     weights = jax.tree.map(lambda w: w.astype(x.dtype), weights)
     q, k, v = model.project(model.norm(x, weights, "norm1", config), weights, config, start)
@@ -56,8 +57,8 @@ def draw(key, step, logits, temperature, top_k=None):
     return jnp.where(temperature > 0, drawn, jnp.argmax(logits))
 
 
-def sample(params, constants, tokens, count, config, seed=0, temperature=1.0, top_k=None):
-    """Yields `count` tokens drawn after the given ones (a list, not empty).
+def sample(params, constants, tokens, count, config, seed=0, temperature=1.0, top_k=None, known=True):
+    """Yields `count` tokens drawn after the given ones (a list, not empty), among those known, (V,) of bool.
 
     No position beyond the training length is ever used: neither learned positions nor what attention has learned is
     known there. A context that fills it is cut to its last half and encoded anew from position 0, which holds for
@@ -75,5 +76,5 @@ def sample(params, constants, tokens, count, config, seed=0, temperature=1.0, to
         else:
             logits, cache = decode(params, constants, cache, np.array(context[-1:], np.int32), len(context) - 1, config)
             logits = logits[0]
-        context.append(int(draw(key, step, logits, temperature, top_k)))
+        context.append(int(draw(key, step, jnp.where(known, logits, -jnp.inf), temperature, top_k)))
         yield context[-1]

@@ -3,22 +3,36 @@
 Shapes: T tokens, d = width, H heads, k = d / H, V = vocabulary, L = depth. Weights are (in, out), applied as x @ W.
 Every function is pure: parameters are a nested dict of arrays, constants too, the configuration is static.
 """
+from functools import partial
+from math import ceil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import activations, spa
+from . import activations, flash, spa
 
-EXACT_LENGTH = 1024                       # positions over which the recursion of section 4, O(T^3) a layer, is run
+EXACT_LENGTH = 1024                       # positions over which the recursion of section 4, O(T^2) or more a layer, is run
+UNROLLED = 48                             # blocks that an accelerator runs as a straight program instead of a loop
 
 
 # --- The forward pass, written for one sequence; "..." is a batch, or nothing -------------------------------------------
 
 def forward(params, constants, tokens, config):
-    """tokens (..., T) of integers -> logits (..., T, V) in float32. Token by token: decode.py."""
+    """tokens (..., T) of integers -> logits (..., T, V), in the arithmetic's dtype. Token by token: decode.py."""
     x = embed(params, tokens, config)                                                       # (..., T, d)
-    x, _ = jax.lax.scan(lambda x, layer: (block(x, *layer, config), None), x, (params["blocks"], constants))
+    step = lambda x, layer: (block(x, *layer, config), None)
+    if config.remat:
+        step = jax.checkpoint(step)                                                         # backward: from x alone
+    x, _ = jax.lax.scan(step, x, (params["blocks"], constants), unroll=unrolled(config))
     return unembed(params, x, config)
+
+
+def unrolled(config):
+    """Blocks in one turn of the loop. A loop copies all that the backward pass needs; its compilation takes no more time
+    for more blocks, and on a CPU, where arithmetic takes longer, the copies do not matter."""
+    straight = jax.default_backend() != "cpu" and config.depth <= UNROLLED and not config.remat
+    return config.depth if straight else 1
 
 
 def embed(params, tokens, config, start=0):
@@ -62,8 +76,8 @@ def attention(x, weights, constants, config):
 
 def project(x, weights, config, start=0):
     """x (..., S, d) at positions from `start` -> queries, keys, values of the heads, each (..., S, H, k)."""
-    heads = lambda name: linear(x, weights[name]).reshape(*x.shape[:-1], config.heads, -1)
-    q, k, v = heads("query"), heads("key"), heads("value")
+    together = jnp.concatenate([weights[name] for name in ("query", "key", "value")], -1)   # (d, 3 d)
+    q, k, v = (part.reshape(*x.shape[:-1], config.heads, -1) for part in jnp.split(linear(x, together), 3, -1))
     return (rotate(q, start, config.length), rotate(k, start, config.length), v) if config.position == "rope" else (q, k, v)
 
 
@@ -74,28 +88,49 @@ def merge(v, attended, weights, config):
     return linear(attended.reshape(*v.shape[:-2], -1), weights["output"])
 
 
-def attend(q, k, v, bias=None, rescale=None, start=0):
+def attend(q, k, v, bias=None, decay=None, rescale=None, start=0):
     """Section 3: D softmax(mask(Q K^T / sqrt(d_k) + B)) V for each head; q (..., S, H, k); k, v (..., T, H, k) -> as q.
 
-    bias: B, (S, T), -inf where j > i, for every head. rescale: D, (S,). Without them: causal, D = 1. The softmax is float32.
-    The queries are those of positions from `start`; in the forward pass all, from 0.
+    B, for every head: bias, (S, T), -inf where j > i; or decay, (3,), what makes it, see decay_bias. rescale: D, (S,).
+    Without them: causal, D = 1. The softmax is float32. The queries are those of positions from `start`; in the forward
+    pass all, from 0. This is the specification; on a GPU the forward pass runs attend_fused.
     """
     if jax.default_backend() == "gpu" and v.dtype == jnp.bfloat16 and v.shape[-1] % 8 == 0 and isinstance(start, int):
-        out = attend_fused(q, k, v, bias)
-    else:
-        logits = jnp.einsum("...qhd,...khd->...hqk", q, k, preferred_element_type=jnp.float32) / np.sqrt(q.shape[-1])
-        if bias is None:
-            causal = start + np.arange(q.shape[-3])[:, None] >= np.arange(k.shape[-3])
-            bias = jnp.where(causal, 0.0, -jnp.inf)
-        out = jnp.einsum("...hqk,...khd->...qhd", jax.nn.softmax(logits + bias).astype(v.dtype), v)
+        return attend_fused(q, k, v, bias, decay, rescale)
+    if decay is not None:
+        bias = decay_bias(decay, start, q.shape[-3], k.shape[-3])
+    if bias is None:
+        bias = jnp.where(start + np.arange(q.shape[-3])[:, None] >= np.arange(k.shape[-3]), 0.0, -jnp.inf)
+    out = softmax_sum(q, k, v, bias)
     return out if rescale is None else (rescale[:, None, None] * out).astype(v.dtype)
 
 
-def attend_fused(q, k, v, bias):
-    """The same softmax and sum by cuDNN's flash attention, for bfloat16: the bias, too, is rounded to it."""
+@jax.checkpoint                                            # its S x T arrays are sooner made again than kept for later
+def softmax_sum(q, k, v, bias):
+    """softmax(Q K^T / sqrt(d_k) + B) V for each head: q (..., S, H, k), k, v (..., T, H, k), bias (S, T) -> as q."""
+    logits = jnp.einsum("...qhd,...khd->...hqk", q, k, preferred_element_type=jnp.float32) / np.sqrt(q.shape[-1])
+    return jnp.einsum("...hqk,...khd->...qhd", jax.nn.softmax(logits + bias).astype(v.dtype), v)
+
+
+def decay_bias(decay, start, count, length):
+    """B of `espa`, (count, length), for queries from `start`: -slope (i - j), and `first` for key 0, `own` for key i."""
+    slope, first, own = decay
+    lag = start + np.arange(count)[:, None] - np.arange(length)
+    bias = -slope * lag + jnp.where(np.arange(length) == 0, first, 0.0) + jnp.where(lag == 0, own, 0.0)
+    return jnp.where(lag >= 0, bias, -jnp.inf)
+
+
+def attend_fused(q, k, v, bias, decay, rescale):
+    """The same in bfloat16 without a T x T array of logits: flash.py for a decay, else cuDNN's flash attention."""
+    if decay is not None and flash.triton:
+        whole = lambda x: x.reshape(-1, *x.shape[-3:])
+        return flash.attend(whole(q), whole(k), whole(v), decay, rescale).reshape(q.shape)
+    if decay is not None:
+        bias = decay_bias(decay, 0, q.shape[-3], k.shape[-3])
     if bias is not None:
         bias = jnp.tril(bias).astype(v.dtype)[None, None]                                   # is_causal does the mask
-    return jax.nn.dot_product_attention(q, k, v, bias, is_causal=True, implementation="cudnn")
+    out = jax.nn.dot_product_attention(q, k, v, bias, is_causal=True, implementation="cudnn")
+    return out if rescale is None else (rescale[:, None, None] * out).astype(v.dtype)
 
 
 def mlp(x, weights, config):
@@ -104,19 +139,22 @@ def mlp(x, weights, config):
 
 
 def unembed(params, x, config):
-    """x (..., T, d) -> logits (..., T, V), float32."""
-    return linear(norm(x, params, "norm", config), params["head"].astype(x.dtype)).astype(jnp.float32)
+    """x (..., T, d) -> logits (..., T, V)."""
+    return linear(norm(x, params, "norm", config), params["head"].astype(x.dtype))
 
 
 def norm(x, weights, name, config):
     """The configured normalisation of x (..., d) over features, in float32, with a trained gain; identity for "none"."""
-    if config.norm == "none":
-        return x
+    return x if config.norm == "none" else normalised(x, weights[name], config.norm == "layer")
+
+
+@partial(jax.checkpoint, static_argnums=2)                                                  # saves x, not its float32 steps
+def normalised(x, gain, centred):
+    """Layer norm, or without centring RMS norm."""
     y = x.astype(jnp.float32)
-    if config.norm == "layer":
+    if centred:
         y = y - y.mean(-1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-5)
-    return (y * weights[name]).astype(x.dtype)
+    return (y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-5) * gain).astype(x.dtype)
 
 
 def rotate(x, start=0, length=None):
@@ -196,15 +234,20 @@ def init(key, config, vocabulary):
 def log_attentions(config, length):
     """The blocks' log A at initialisation, one (T, T) after the other; empty for softmax, whose A depends on the input."""
     if config.attn == "espa":
-        gammas = spa.exponential_schedule(config.gamma, config.depth)
-        return [spa.exponential_log_attention(before, after, length) for before, after in zip(gammas, gammas[1:])]
+        return [spa.exponential_log_attention(*pair, length) for pair in schedule(config)]
     if config.attn == "uspa":
-        rhos = spa.uniform_schedule(config.rho, config.depth)
-        return [spa.uniform_log_attention(before, after, length) for before, after in zip(rhos, rhos[1:])]
+        return [spa.uniform_log_attention(*pair, length) for pair in schedule(config)]
     if config.attn == "vskip":
         with np.errstate(divide="ignore"):
             return [np.log(np.eye(length))] * config.depth
     return []
+
+
+def schedule(config):
+    """The kernel parameters before and after each block: [(gamma_in, gamma_out)] of espa, [(rho_in, rho_out)] of uspa."""
+    values = spa.exponential_schedule(config.gamma, config.depth) if config.attn == "espa" else \
+        spa.uniform_schedule(config.rho, config.depth)
+    return list(zip(values, values[1:]))
 
 
 def initial_kernel(config, length, equal=None):
@@ -218,18 +261,27 @@ def initial_kernel(config, length, equal=None):
 
 def predict(config, kernel):
     """Section 4's recursion for this network from Sigma_0 = kernel: [(n, Sigma)] after each block; [] for softmax."""
-    return list(spa.propagate(log_attentions(config, len(kernel)), kernel, activation(config).correlation_map,
+    attentions = [partial(spa.exponential_attend, *pair) for pair in schedule(config)] if config.attn == "espa" else \
+        log_attentions(config, len(kernel))
+    return list(spa.propagate(attentions, kernel, activation(config).correlation_map,
                               config.alpha, config.beta, config.norm != "none", config.rescale == "expected"))
 
 
 def constants(config):
-    """What `forward` scans beside the blocks: {"bias": (L, T, T), "rescale": (L, T)} in float32; {} for softmax, vskip."""
+    """What `forward` scans beside the blocks, in float32: {"rescale": (L, T)} and for uspa {"bias": (L, T, T)}, for espa
+    {"decay": (L, 3)}; {} for softmax, vskip.
+    """
     if config.attn not in ("uspa", "espa"):
         return {}
-    exact = min(config.length, EXACT_LENGTH)
-    split = [spa.rescale_and_bias(log_a) for log_a in log_attentions(config, config.length)]
-    n = np.array([np.pad(n, (0, config.length - exact), mode="edge")
-                  for n, _ in predict(config, initial_kernel(config, exact))])
-    rescale = np.array([rescale for rescale, _ in split]) / n
-    return {"bias": jnp.asarray(np.array([bias for _, bias in split]), jnp.float32),
-            "rescale": jnp.asarray(rescale, jnp.float32)}
+    length, exact = config.length, min(config.length, EXACT_LENGTH)
+    if config.attn == "espa":
+        rows = [spa.exponential_attend(*pair, np.ones((length, 1)))[:, 0] for pair in schedule(config)]
+        made = {"decay": np.array([spa.exponential_decay(*pair) for pair in schedule(config)])}
+        if config.position != "sinusoidal":                       # what a position sees is level, to exp(-16) = 1e-7
+            exact = min(exact, ceil(16 / config.gamma))
+    else:
+        rows, bias = zip(*(spa.rescale_and_bias(log_a) for log_a in log_attentions(config, length)))
+        made = {"bias": np.array(bias)}
+    n = np.array([n for n, _ in predict(config, initial_kernel(config, exact))])
+    made["rescale"] = np.array(rows) / np.pad(n, ((0, 0), (0, length - exact)), mode="edge")
+    return {name: jnp.asarray(table, jnp.float32) for name, table in made.items()}

@@ -53,13 +53,14 @@ def measure(params, constants, tokens, key, config):
 
 
 def predicted(constants, tokens, config):
-    """The recursion from where the tokens (T,) do repeat, through the network's own D and B: (L + 1, T, T); softmax: None."""
+    """The recursion from where the tokens (T,) do repeat, with the network's own D: (L + 1, T, T); softmax: None."""
     if config.attn == "softmax":
         return None
     kernel = model.initial_kernel(config, len(tokens), tokens[:, None] == tokens)
     if not constants:
         return np.array([kernel] + [sigma for _, sigma in model.predict(config, kernel)])
-    log_a = np.asarray(constants["bias"], float) + np.log(np.asarray(constants["rescale"], float))[:, :, None]
+    bias = np.array([bias for _, bias in map(spa.rescale_and_bias, model.log_attentions(config, len(tokens)))])
+    log_a = bias + np.log(np.asarray(constants["rescale"], float))[:, :, None]
     blocks = spa.propagate(log_a, kernel, model.activation(config).correlation_map, config.alpha, config.beta,
                            config.norm != "none", rescale=False)            # D has brought n along
     return np.array([kernel] + [sigma for _, sigma in blocks])

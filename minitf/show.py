@@ -8,7 +8,7 @@ import jax
 from . import model
 
 
-def describe(config, params, tokens, held_out, encoding, out):
+def describe(config, params, corpus, out):
     """What is about to be trained, in five lines."""
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     skips = "no skips" if config.alpha == 0 else f"skips {config.alpha:.3g} + {config.beta:.3g}"
@@ -22,8 +22,8 @@ def describe(config, params, tokens, held_out, encoding, out):
           f"{count:,} parameters\n"
           f"attention   {config.attn}{target}{rescale}, positions {config.position}\n"
           f"activation  {phi.name}, {shape}, transform {config.transform}\n"
-          f"data        {len(tokens):,} tokens of {encoding.n_vocab:,}, r = {config.repeat_rate:.4f}; "
-          f"held out {len(held_out):,}\n"
+          f"data        {len(corpus.train):,} tokens of {corpus.encoding.n_vocab:,}, r = {config.repeat_rate:.4f}; "
+          f"held out {len(corpus.held_out):,}\n"
           f"training    {config.steps} steps of {config.batch} x {config.length} tokens, {config.optimizer} at "
           f"{config.learning_rate:.3g}, {model.compute_dtype(config)} on {jax.devices()[0].device_kind}; {out}")
 

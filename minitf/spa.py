@@ -10,7 +10,10 @@ P = softmax(B) for B = log P. B and D are constants of the network.
 
 Attention matrices are handled by their logarithm (zero is -inf): their entries fall below what a float64 can hold.
 """
+from functools import partial
+
 import numpy as np
+from scipy import signal
 
 from .errors import require
 
@@ -94,6 +97,21 @@ def exponential_entries(gamma_in, gamma_out):
     return log_lambda, np.log(gap - phi_in * np.expm1(log_lambda)), log_lambda + np.log(gap)
 
 
+def exponential_decay(gamma_in, gamma_out):
+    """(slope, first, own): the flash form. Less a constant of each row, log A_ij = -slope (i - j), for j = 1 with `first`
+    on top and for j = i with `own`: a decay with distance, and two exceptions.
+    """
+    log_lambda, first, later = exponential_entries(gamma_in, gamma_out)
+    return gamma_out, first - later, log_lambda - later - gamma_out
+
+
+def exponential_attend(gamma_in, gamma_out, x):
+    """A x for the same A, x (T, n) -> (T, n), in O(T): y_i = phi_out y_(i-1) + lambda (x_i - phi_in x_(i-1)), y_1 = x_1."""
+    ratio = np.exp(exponential_entries(gamma_in, gamma_out)[0])
+    numerator, denominator = ratio * np.array([1, -np.exp(-gamma_in)]), np.array([1, -np.exp(-gamma_out)])
+    return signal.lfilter(numerator, denominator, x, axis=0, zi=(1 - ratio) * x[:1])[0]
+
+
 def uniform_log_attention(rho_in, rho_out, length):
     """log A for A = L_out L_in^-1 between uniform kernels, shape (T, T); needs rho_in < rho_out.
 
@@ -156,14 +174,14 @@ def repeat_kernel(repeat_rate, length):
 def propagate(log_attentions, kernel, correlation_map, alpha=0.0, beta=1.0, norm=False, rescale=True):
     """Section 4's recursion: yields (n, Sigma) for each block, shapes (T,) and (T, T).
 
-    log_attentions: the blocks' log A. kernel: Sigma before the first block. correlation_map: C of the MLP.
+    log_attentions: the blocks' log A, (T, T), or functions that multiply (T, n) by A. kernel: Sigma before the first block. correlation_map: C of the MLP.
     alpha, beta: the weights of skip and branch. norm: does a normalisation stand before each branch?
     rescale: are positions brought back to mean square 1 after attention, by D = rowsum(A) / n (--rescale expected)?
     Where they are not, the mean square is exact for positively homogeneous activations, the leaky ReLUs.
     """
     for log_attention in log_attentions:
-        attention = np.exp(log_attention)
-        attended = attention @ (correlation(kernel) if norm else kernel) @ attention.T
+        attend = log_attention if callable(log_attention) else partial(np.matmul, np.exp(log_attention))
+        attended = attend(attend(correlation(kernel) if norm else kernel).T)
         n = np.sqrt(np.diag(attended)) if rescale else np.ones(len(kernel))
         kernel = alpha**2 * kernel + beta**2 * attended / np.outer(n, n)
         size = 1.0 if norm else np.sqrt(np.outer(np.diag(kernel), np.diag(kernel)))

@@ -21,8 +21,31 @@ def loss(params, constants, batch, config):
 
 def token_losses(params, constants, batch, config):
     """Cross-entropy in nats of each target: batch (B, T + 1) -> (B, T)."""
-    logits = model.forward(params, constants, batch[:, :-1], config)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:])
+    return cross_entropy(model.forward(params, constants, batch[:, :-1], config), batch[:, 1:])
+
+
+@jax.custom_vjp
+def cross_entropy(logits, targets):
+    """-log softmax(logits)[target], (..., V) and (...) -> (...), in float32.
+
+    Logits are the largest array in training: the gradient is made from them as they are, without a float32 copy.
+    """
+    return cross_entropy_forward(logits, targets)[0]
+
+
+def cross_entropy_forward(logits, targets):
+    log_sum = jax.nn.logsumexp(logits.astype(jnp.float32), -1)
+    picked = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0].astype(jnp.float32)
+    return log_sum - picked, (logits, log_sum, targets)
+
+
+def cross_entropy_backward(saved, gradient):
+    logits, log_sum, targets = saved
+    error = jnp.exp(logits.astype(jnp.float32) - log_sum[..., None]) - (jnp.arange(logits.shape[-1]) == targets[..., None])
+    return (gradient[..., None] * error).astype(logits.dtype), None
+
+
+cross_entropy.defvjp(cross_entropy_forward, cross_entropy_backward)
 
 
 def make_schedule(config):
@@ -44,7 +67,9 @@ def make_optimizer(config):
         dimensions = lambda params: jax.tree.map(lambda matrix: stacked if matrix else None, is_matrix(params))
         optimizer = muon(schedule, weight_decay=config.weight_decay, adam_b2=0.95, consistent_rms=0.2,
                          muon_weight_dimension_numbers=dimensions)
-    return optax.chain(optax.clip_by_global_norm(1.0), optimizer)
+    # Embeddings and head stand once in the network: what limits the rate of blocks, that their changes add up, spares them.
+    outside = lambda params: {name: name != "blocks" for name in params}
+    return optax.chain(optax.clip_by_global_norm(1.0), optimizer, optax.masked(optax.scale(config.ends), outside))
 
 
 @partial(jax.jit, static_argnames="config", donate_argnums=(0, 1))
@@ -63,7 +88,7 @@ def train_step(params, opt_state, constants, batch, config):
 def require_memory(config, vocabulary):
     """ValueError if parameters, their moments, biases and a batch's activations alone exceed the machine's memory."""
     d, length, depth = config.width, config.length, config.depth
-    numbers = 3 * (12 * d * d * depth + 2 * d * vocabulary) + depth * length**2
+    numbers = 3 * (12 * d * d * depth + 2 * d * vocabulary) + (depth * length**2 if config.attn == "uspa" else 0)
     numbers += config.batch * length * (vocabulary + d * depth)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     require(4 * numbers < memory, f"this needs {4 * numbers / 2**30:,.0f} GiB of memory at the least, there are "

@@ -106,9 +106,9 @@ def test_a_sparse_gigabyte_is_not_read(saved, tmp_path, capsys):
 def test_monotonous_text_is_text(text, tmp_path):
     (tmp_path / "text").write_text(text)
     encoding = data.load_encoding(str(RANKS))
-    tokens, held_out = data.load(str(tmp_path / "text"), encoding, 64)
-    rate = data.repeat_rate(tokens, encoding.n_vocab)
-    assert encoding.decode([*tokens, *held_out]) == text and 0 < rate <= 1
+    corpus = data.load(str(tmp_path / "text"), encoding, 64)
+    rate = data.repeat_rate(corpus.train_counts)
+    assert encoding.decode([*corpus.train, *corpus.held_out]) == text and 0 < rate <= 1
 
 
 def test_one_token_repeated_is_refused_for_what_it_is(tmp_path, capsys):

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import t as student
 
-from minitf import Config, data, model, report, spa
+from minitf import Config, data, model, report, spa, train
+from minitf.config import BLOCKS
 from run import DATA, ENCODING
 
 EPS32 = np.finfo(np.float32).eps
@@ -136,6 +137,31 @@ def test_permuting_the_batch_permutes_the_outputs(attn, seed, order):
     params, tokens = stirred(params, seed, 0.1), random_tokens(seed, 4, T)
     batch = lambda tokens: np.asarray(jax.vmap(forward, (None, None, 0, None))(params, constants, tokens, config))
     assert np.allclose(batch(tokens[list(order)]), batch(tokens)[list(order)], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("act, transform", [("relu", "none"), ("leaky_relu", "dks"), ("gelu", "none"), ("tanh", "none")])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_bfloat16_stays_bfloat16(block, act, transform):
+    """Every block and kind of activation keeps the dtype of what passes through it, and so do its gradients."""
+    config = Config(block=block, act=act, transform=transform, depth=14, width=D, length=T, repeat_rate=0.1, dtype="bfloat16",
+                    zeta=1.1)
+    params = jax.eval_shape(lambda key: model.init(key, config, V), jax.random.key(0))
+    constants = jax.eval_shape(lambda: model.constants(config))
+    tokens = jax.ShapeDtypeStruct((2, T + 1), jnp.int32)
+    logits = jax.eval_shape(lambda p, c, t: model.forward(p, c, t[:, 1:], config), params, constants, tokens)
+    assert logits.dtype == jnp.bfloat16
+    gradients = jax.eval_shape(jax.grad(lambda *a: train.loss(*a, config)), params, constants, tokens)
+    assert jax.tree.map(lambda g: (g.shape, g.dtype), gradients) == jax.tree.map(lambda p: (p.shape, p.dtype), params)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_rematerialised_gradients_are_the_same(block):
+    """--remat computes the same numbers again; a fused sum may round otherwise."""
+    config = Config(block=block, transform="none", act="relu", depth=3, width=D, length=T, repeat_rate=0.1)
+    params, tokens = stirred(init(jax.random.key(0), config, V), 1, 0.1), random_tokens(2, 2, T + 1)
+    gradient = jax.jit(jax.grad(lambda p, c: train.loss(p, model.constants(config), tokens, c)), static_argnums=1)
+    for kept, again in zip(*map(jax.tree.leaves, (gradient(params, config), gradient(params, replace(config, remat=True))))):
+        assert np.max(np.abs(kept - again)) <= 1e3 * EPS32 * np.max(np.abs(kept))
 
 
 # --- In the mean over initialisations --------------------------------------------------------------------------------------
@@ -273,7 +299,7 @@ def test_whole_networks_make_the_predicted_kernels(attn):
 @lru_cache
 def deep_report(attn):
     tokens, vocabulary = corpus()
-    config = Config(depth=36, attn=attn, length=32, repeat_rate=data.repeat_rate(tokens, vocabulary))
+    config = Config(depth=36, attn=attn, length=32, repeat_rate=data.repeat_rate(data.count(tokens, vocabulary)))
     return report.report(config, data.spread_windows(tokens, 32, 2)[:, :-1], vocabulary)
 
 

@@ -29,7 +29,7 @@ def test_an_epoch_has_every_window_once(length, size, count, seed):
 def losses(steps, **flags):
     config = Config(**SHAPE, steps=steps, repeat_rate=0.012, **flags)
     encoding = data.load_encoding(str(ENCODING))
-    tokens, _ = data.load(str(DATA), encoding, config.length)
+    tokens = data.load(str(DATA), encoding, config.length).train
     params, constants = model.init(jax.random.key(config.seed), config, encoding.n_vocab), model.constants(config)
     opt_state, out = train.make_optimizer(config).init(params), []
     for step in range(steps):

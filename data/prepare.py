@@ -1,0 +1,410 @@
+"""Turns text of any size into tokens, once: python data/prepare.py --out DIR FILES...
+
+Reads WikiText (wiki.train.tokens: an article a document), JSON lines (C4's *.json.gz: a line a document) and plain text
+(a file a document); FILES are files, folders or globs. Drops exact duplicates, ends every document with the end-of-text
+token and writes DIR for run.py --data: tokens.bin (raw, little-endian, to be memory-mapped; held-out documents last),
+tables.npz (the encoding; how often each token is in either part) and manifest.json.
+
+DIR appears when it is whole. Memory does not grow with the corpus, nor do the bytes depend on the number of processes.
+"""
+import argparse
+import gzip
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+import zlib
+from collections import Counter, deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+from minitf import checkpoint, data, show                                  # noqa: E402
+from minitf.errors import require                                          # noqa: E402
+
+PIECE = 2**20                       # bytes of text that tiktoken gets at once: what is one word takes it longer by the byte
+LINE = 2**26                        # bytes of a line of JSON, which must be in memory as a whole
+BLOCK = 2**21                       # tokens, or documents, in memory at once while duplicates are dropped
+JSON_LINES = (".json.gz", ".jsonl.gz", ".jsonl")
+WIKITEXT = re.compile(r"wiki\..*\.(tokens|raw)")
+HEADING = re.compile(rb" = (?!= )[^\n]*(?<! =) = \r?\n")                    # of an article; those of sections have " = = "
+END = "<|endoftext|>"
+PARTS = ("train", "held_out")
+
+
+def main(arguments=None):
+    """Parses the flags and prepares. Whatever a user can get wrong: one line, exit status 2."""
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            self.exit(2, " ".join(f"prepare.py: {message}".split()).encode("utf-8", "backslashreplace").decode() + "\n")
+
+    parser = Parser(prog="prepare.py", description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", metavar="FILES", help="files, folders or globs")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    parser.add_argument("--encoding", default=str(HERE / "shakespeare.tiktoken"), metavar="NAME",
+                        help="a tiktoken encoding, which tiktoken may download, or a rank file (default: 1,024 byte pairs)")
+    parser.add_argument("--suffix", default="", metavar=".py,.md", help="read only such files of folders")
+    parser.add_argument("--held-out", type=float, default=0.01, metavar="SHARE", help="of the documents (default: 0.01)")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), metavar="N", help="default: one a core")
+    flags = parser.parse_args(arguments)
+    try:
+        prepare(**vars(flags))
+    except ValueError as error:
+        parser.error(str(error))
+    except BrokenProcessPool:
+        parser.error("a worker process was killed, perhaps for want of memory: fewer --processes need less")
+    except OSError as error:
+        parser.error(f"{error.filename or f'cannot write {flags.out}'}: {error.strerror}")
+    except MemoryError:
+        parser.error("out of memory: fewer --processes need less")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+
+
+def prepare(files, out, encoding, suffix="", held_out=0.01, processes=1):
+    """Writes the folder `out`, whole; ValueError or OSError, and no folder, where that is not possible."""
+    require(0 <= held_out < 1, f"held-out must be at least 0 and below 1, not {held_out}")
+    require(1 <= processes <= 1024, f"processes must be at least 1 and at most 1024, not {processes}")
+    require(not os.path.lexists(out), f"{out} exists: a prepared corpus never overwrites anything")
+    encoding = with_end_of_text(data.load_encoding(encoding))
+    sources = [(name, Path(name).is_dir(), find_files(name, suffix)) for name in files]
+    sizes = [sum(map(os.path.getsize, paths)) for _, _, paths in sources]
+    beside = out.absolute().with_name(f".{out.absolute().name}.part")
+    beside.mkdir(parents=True, exist_ok=True)
+    lock = checkpoint.lock(beside)
+    try:
+        for leftover in set(beside.iterdir()) - {beside / "lock"}:         # of a process that was killed
+            leftover.unlink()
+        with workers(encoding, processes, lock) as encode:
+            skipped = write_documents(beside, encode(tasks(pieces(sources))), held_out, progress(sum(sizes)))
+        manifest = write_corpus(beside, encoding) | {"skipped": skipped, "held_out_share": held_out, "sources": [
+            {"name": name, "files": len(paths), "bytes": size} for (name, _, paths), size in zip(sources, sizes)]}
+        checkpoint.write(beside / "manifest.json", lambda file: file.write(json.dumps(manifest, indent=1).encode()))
+        (beside / "lock").unlink()
+        beside.rename(out)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    for part in PARTS:
+        print(f"{part:12}" + ", ".join(f"{value:,} {name}" for name, value in manifest[part].items()))
+    print(f"{'skipped':12}" + (", ".join(f"{value:,} {name}" for name, value in skipped.items()) or "nothing"))
+    print(f"{out}: {encoding.n_vocab:,} tokens in the encoding; to train on it: python run.py --data {out}")
+
+
+def with_end_of_text(encoding):
+    """The encoding, with an end-of-text token at the next free rank if it has none."""
+    special = encoding._special_tokens
+    return encoding if END in special else data.make_encoding(
+        encoding.name, encoding._mergeable_ranks, encoding._pat_str, special | {END: encoding.n_vocab})
+
+
+def find_files(name, suffix):
+    """The paths that a name stands for; of a folder only those with one of the comma-separated suffixes, if any."""
+    paths, suffixes = data.find_files([name]), tuple(filter(None, suffix.split(",")))
+    if Path(name).is_dir() and suffixes:
+        paths = [path for path in paths if path.name.endswith(suffixes)]
+        require(paths, f"no file in {name} ends with {' or '.join(suffixes)}")
+    return [*map(str, paths)]                                              # of which there may be millions
+
+
+# --- Reading: documents in pieces, as a stream ------------------------------------------------------------------------
+
+class Piece(NamedTuple):
+    """A document, or a part of one that is too long; where it is from: its number there, what is read of all by then."""
+    raw: bytes
+    is_json: bool
+    first: bool
+    last: bool
+    path: Path
+    may_be_skipped: bool
+    number: int
+    read: int
+
+
+def pieces(sources):
+    """Yields the pieces of all files, in order."""
+    before = 0
+    for _, is_folder, paths in sources:
+        for path in map(Path, paths):
+            with open(path, "rb") as file:
+                first, is_json = True, path.name.endswith(JSON_LINES)
+                position = file.tell if file.seekable() else int               # of a pipe it is not known
+                for number, (raw, last) in enumerate(split_file(path, file), 1):
+                    yield Piece(raw, is_json, first, last, path, is_folder, number, before + position())
+                    first = last
+                before += position()
+
+
+def split_file(path, file):
+    """Yields (bytes, does a document end with them) of an open file."""
+    if path.name.endswith(JSON_LINES):
+        lines = gzip.open(file) if path.name.endswith(".gz") else file
+        try:
+            for number, line in enumerate(iter(lambda: lines.readline(LINE), b""), 1):
+                require(len(line) < LINE, f"line {number} of {path} is longer than {LINE:,} bytes")
+                yield line, True
+        except (EOFError, zlib.error, gzip.BadGzipFile):
+            raise ValueError(f"{path} is damaged: it is not a whole gzip file") from None
+    elif WIKITEXT.fullmatch(path.name):
+        for _, lines in groupby(articles(file), key=lambda pair: pair[0]):
+            yield from cut(line for _, line in lines)
+    else:
+        yield from cut(iter(lambda: file.read(PIECE), b""))
+
+
+def articles(file):
+    """Yields (how many articles have begun, line) of WikiText. A heading stands after an empty line."""
+    begun, after_empty = 0, True
+    for line in iter(lambda: file.readline(PIECE), b""):
+        begun += after_empty and HEADING.fullmatch(line) is not None
+        after_empty = not line.strip()
+        yield begun, line
+
+
+def cut(blocks):
+    """A document in blocks of any size -> (piece of PIECE bytes at most, is it the last), cut after a line if there is one.
+
+    The cuts depend on the document alone. None is within a character.
+    """
+    held, size = [], 0
+    for block in blocks:
+        held.append(block)
+        size += len(block)
+        while size > PIECE:
+            whole = b"".join(held)
+            end = whole.rfind(b"\n", PIECE // 2, PIECE) + 1 or PIECE
+            while end > PIECE - 4 and whole[end] & 0xC0 == 0x80:
+                end -= 1
+            yield whole[:end], False
+            held, size = [whole[end:]], size - end
+    yield b"".join(held), True
+
+
+def tasks(stream):
+    """Puts whole documents together to lists of about PIECE bytes; a piece of a longer one stays alone."""
+    task, size = [], 0
+    for piece in stream:
+        alone = not (piece.first and piece.last)
+        if task and (alone or size + len(piece.raw) > PIECE):
+            yield task
+            task, size = [], 0
+        task.append(piece)
+        size += PIECE + 1 if alone else len(piece.raw)
+    if task:
+        yield task
+
+
+# --- Encoding, in processes of its own --------------------------------------------------------------------------------
+
+@contextmanager
+def workers(encoding, processes, lock):
+    """A function of tasks: yields (task, what encode_task makes of it) in their order, with a few under way at a time."""
+    global ENCODING                                                            # forked processes have it without ado
+    ENCODING, pipe = encoding, os.pipe()
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), start_worker, (lock, *pipe))
+
+    def encode(stream):
+        if processes == 1:
+            yield from ((task, encode_task([piece[:4] for piece in task])) for task in stream)
+        waiting = deque()
+        for task in stream:
+            waiting.append((task, pool.submit(encode_task, [piece[:4] for piece in task])))
+            if len(waiting) > 2 * processes:
+                task, future = waiting.popleft()
+                yield task, future.result()
+        yield from ((task, future.result()) for task, future in waiting)
+
+    try:
+        yield encode
+    finally:
+        pool.shutdown(cancel_futures=True)
+        for end in pipe:
+            os.close(end)
+
+
+def start_worker(lock, reading, writing):
+    """Leaves Ctrl-C and the lock to the main process and ends with it, however that ends: the pipe is closed then."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    lock.close()
+    os.close(writing)
+    threading.Thread(target=lambda: os.read(reading, 1) or os._exit(1), daemon=True).start()
+
+
+def encode_task(task):
+    """[(raw, is_json, first, last)], n pieces -> their tokens, how many of each (n,), digests (n, 32), {which: why it is no text}.
+
+    And, fourth, the digests of their first parts, (n, 32). What is blank or no text has no tokens.
+    """
+    tokens, digests, firsts, problems = [], [], [], {}
+    for which, (raw, is_json, first, last) in enumerate(task):
+        parts = []
+        try:
+            parts = texts(raw, is_json, blank=first and last)
+        except ValueError as error:
+            problems[which] = str(error)
+        end = np.array([ENCODING._special_tokens[END]] * (last and len(parts) > 0), data.dtype(ENCODING))
+        tokens.append(np.concatenate([data.encode(parts or [""], ENCODING), end]))
+        own = [hashlib.sha256(part.encode()).digest() for part in parts or [""]]
+        digests.append(combine(own))
+        firsts.append(own[0])
+    array = lambda hashes: np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 32)
+    return np.concatenate(tokens), np.array([*map(len, tokens)]), array(digests), array(firsts), problems
+
+
+def texts(raw, is_json, blank):
+    """The text of a piece in parts of PIECE bytes at most; none where it may be blank and is. ValueError if it is no text."""
+    try:
+        if is_json and raw.strip():
+            text = json.loads(raw)["text"]                                     # JSON can escape what UTF-8 has no place for
+            raw = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+        require(is_json or b"\0" not in raw, "is not text: it has NUL characters")
+        return [] if blank and not raw.strip() else [part.decode() for part, _ in cut([raw])]
+    except UnicodeDecodeError:
+        raise ValueError("is not UTF-8 text") from None
+    except (json.JSONDecodeError, TypeError, KeyError, AttributeError, RecursionError):
+        raise ValueError('is not a JSON object with a "text"') from None
+
+
+def combine(digests):
+    """The digest of a document from those of its pieces."""
+    return digests[0] if len(digests) == 1 else hashlib.sha256(b"".join(digests)).digest()
+
+
+# --- Writing ------------------------------------------------------------------------------------------------------------
+
+def write_documents(folder, encoded, share, show):
+    """Writes both parts' tokens (.bin) and their documents' digests (.digests) and .ends; -> {why: how many are skipped}."""
+    skipped, ends = Counter(), [0, 0]
+    with ExitStack() as stack:
+        files = [[stack.enter_context(open(folder / f"{part}.{kind}", "wb")) for kind in ("bin", "digests", "ends")]
+                 for part in PARTS]
+
+        def add(part, counts, digests):
+            """Documents whose tokens are written already."""
+            stops = ends[part] + np.cumsum(counts)
+            files[part][1].write(digests[:, :16].tobytes())
+            files[part][2].write(stops.astype("<i8").tobytes())
+            ends[part] = int(stops[-1])
+
+        for task, (tokens, counts, digests, firsts, problems) in encoded:
+            for piece, problem in ((task[which], problem) for which, problem in problems.items()):
+                require(piece.may_be_skipped, f"{f'line {piece.number} of ' * piece.is_json}{piece.path} {problem}")
+            held_out = firsts[:, :8].copy().view("<u8")[:, 0] < share * 2**64
+            if task[0].first and task[0].last:
+                skipped += Counter({"no text": len(problems), "blank": int((counts == 0).sum()) - len(problems)})
+                for part, chosen in enumerate([~held_out & (counts > 0), held_out & (counts > 0)]):
+                    if chosen.any():
+                        files[part][0].write(tokens[np.repeat(chosen, counts)].tobytes())
+                        add(part, counts[chosen], digests[chosen])
+            else:                                                              # a piece of a long document
+                if task[0].first:
+                    part, size, own, fine = int(held_out[0]), 0, [], True
+                files[part][0].write(tokens.tobytes())
+                size, own, fine = size + len(tokens), own + [digests[0].tobytes()], fine and not problems
+                if task[0].last and fine:
+                    add(part, [size], np.frombuffer(combine(own), np.uint8)[None])
+                elif task[0].last:
+                    files[part][0].truncate(files[part][0].seek(ends[part] * tokens.itemsize))
+                    skipped["no text"] += 1
+            show(task[-1].read, sum(ends))
+    return dict(skipped)
+
+
+def write_corpus(folder, encoding):
+    """Drops duplicates: writes tokens.bin, in train.bin's place, so that the disk holds them once, and tables.npz; -> manifest."""
+    manifest, counts, checksum = {"minitf": data.PREPARED}, np.zeros((2, encoding.n_vocab), np.int64), hashlib.sha256()
+    with open(folder / "train.bin", "r+b") as out:
+        for number, part in enumerate(PARTS):
+            stops = mapped(folder / f"{part}.ends", "<i8")
+            kept = first_ones(folder / f"{part}.digests", folder / "kept", len(stops))
+            for block in kept_tokens(folder / f"{part}.bin", data.dtype(encoding), stops, kept):
+                out.write(block)                                               # never beyond what is read already
+                checksum.update(block)
+                counts[number] += np.bincount(block, minlength=encoding.n_vocab)
+            manifest[part] = {"documents": int(kept.sum()), "duplicates": len(kept) - int(kept.sum()), "tokens": int(
+                counts[number].sum()), "bytes": int(counts[number] @ data.byte_lengths(encoding))}
+        out.truncate()
+        os.fsync(out.fileno())
+    require(counts.any(), "there is no text in any of the files")
+    pairs, names = data.pack_encoding(encoding)
+    checkpoint.write(folder / "tables.npz", lambda file: np.savez(file, counts=counts, **pairs))
+    (folder / "train.bin").rename(folder / "tokens.bin")
+    for path in {*folder.iterdir()} - {folder / "lock", folder / "tokens.bin", folder / "tables.npz"}:
+        path.unlink()
+    tables, tokens = (folder / "tables.npz").read_bytes(), mapped(folder / "tokens.bin", data.dtype(encoding))
+    return manifest | {"encoding": names, "vocabulary": encoding.n_vocab, "dtype": tokens.dtype.str, "files": {
+        "tokens.bin": {"bytes": tokens.nbytes, "sha256": checksum.hexdigest(), "sample": data.sample_checksum(tokens)},
+        "tables.npz": {"bytes": len(tables), "sha256": hashlib.sha256(tables).hexdigest()}}}
+
+
+def mapped(path, kind, mode="r"):
+    """A file as an array that stays on disk; mmap itself refuses an empty one."""
+    return np.memmap(path, kind, mode).view(np.ndarray) if path.stat().st_size else np.zeros(0, kind)
+
+
+def first_ones(source, target, count):
+    """Which of the documents are the first with their digest, (n,) of bool, in a file, from the file of digests, (n, 2).
+
+    BLOCK documents or so are in memory at a time: those whose digests leave the same remainder.
+    """
+    target.write_bytes(b"")
+    os.truncate(target, count)
+    dropped, slices = mapped(target, bool, "r+"), count // BLOCK + 1
+    for remainder in range(slices):
+        found, index = [], []
+        with open(source, "rb") as file:
+            for start in range(0, count, BLOCK):
+                block = np.fromfile(file, "<u8", 2 * BLOCK).reshape(-1, 2)
+                chosen = np.flatnonzero(block[:, 0] % slices == remainder)
+                found.append(block[chosen])
+                index.append(start + chosen)
+        if found:
+            found, index = np.concatenate(found), np.concatenate(index)
+            order = np.lexsort(found.T)                                        # stable: the first of equal ones stays first
+            dropped[index[order[1:]]] = (found[order[1:]] == found[order[:-1]]).all(1)
+    return np.logical_not(dropped, out=dropped)
+
+
+def kept_tokens(path, kind, stops, kept):
+    """Yields the tokens of the documents kept, BLOCK read at a time; `stops`: where documents end."""
+    with open(path, "rb") as file:
+        for start in range(0, int(stops[-1]) if len(stops) else 0, BLOCK):
+            block = np.fromfile(file, kind, BLOCK)
+            first, last = np.searchsorted(stops, [start, start + len(block) - 1], side="right")
+            lengths = np.diff(np.clip(stops[first:last + 1], start, start + len(block)), prepend=start)
+            yield block[np.repeat(kept[first:last + 1], lengths)]
+
+
+def progress(total):
+    """A function that shows how far it is: in place on a terminal, now and then a line of its own elsewhere."""
+    started = shown = time.monotonic()
+    terminal = sys.stdout.isatty()
+
+    def say(read, tokens):
+        nonlocal shown
+        now, whole = time.monotonic(), read >= total
+        if now - shown > (0.5 if terminal else 30) or terminal and whole:
+            shown, rate = now, read / (now - started)
+            line = f"{read / max(total, 1):4.0%} of {total / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s, {tokens:,} tokens, " \
+                   f"{show.clock((total - read) / max(rate, 1))} left"
+            print(f"\r{line:79}" if terminal else line, end="" if terminal and not whole else "\n", flush=True)
+
+    return say
+
+
+if __name__ == "__main__":
+    main()

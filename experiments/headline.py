@@ -1,0 +1,188 @@
+"""The headline experiments: which deep networks train without shortcuts, and at whose pace.
+
+    python experiments/headline.py run STAGE [NAME ...] --data DIR    trains the runs of a stage, adds them to headline.jsonl
+    python experiments/headline.py report                             results.md's tables and the curves, from that file
+
+DIR is a folder that data/prepare.py made. Runs that differ in their learning rate and seed alone are trained side by
+side, as lanes of one program (vmap): each sees what it would see alone. A run that is in headline.jsonl is not repeated.
+"""
+import argparse
+import json
+import math
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+METRICS = HERE / "headline.jsonl"
+SHAPE = dict(depth=36, width=256, heads=4, length=256, batch=32, steps=300)
+CONTENDERS = {                                            # name: (flags, middle of the grid of learning rates)
+    "vanilla espa Muon": (dict(attn="espa", optimizer="muon"), 5e-4),
+    "Pre-LN AdamW": (dict(block="preln", optimizer="adamw"), 2e-3),
+    "Pre-LN Muon": (dict(block="preln", optimizer="muon"), 4e-3),
+    "vanilla espa AdamW": (dict(attn="espa", optimizer="adamw"), 1e-4),
+    "weighted espa Muon": (dict(block="weighted", optimizer="muon"), 2e-3),
+    "weighted espa AdamW": (dict(block="weighted", optimizer="adamw"), 1e-3),
+    "vanilla softmax AdamW": (dict(attn="softmax", optimizer="adamw"), 1e-4),
+    "vanilla vskip AdamW": (dict(attn="vskip", optimizer="adamw"), 1e-4),
+    "vanilla uspa AdamW": (dict(attn="uspa", optimizer="adamw"), 1e-4),
+}
+RATES, ENDS = (0.5, 1.0, 2.0), (1.0, 4.0, 16.0)           # times the middle; times the blocks' rate, for embeddings and head
+BEYOND = {"Pre-LN AdamW": [(2.5e-4, 16.0), (5e-4, 16.0), (5e-4, 64.0), (1e-3, 64.0)]}     # where the best was at an edge
+
+
+# --- Stages: which runs there are ---------------------------------------------------------------------------------------
+
+def stage_runs(stage, names):
+    """[(name, flags, lanes)] of a stage; a lane is (learning rate, its multiple for embeddings and head, seed)."""
+    if stage == "tune":
+        return [(name, SHAPE | flags, [(middle * factor, ends, 0) for factor in RATES for ends in ENDS])
+                for name, (flags, middle) in CONTENDERS.items() if name in names]
+    if stage == "beyond":
+        return [(name, SHAPE | CONTENDERS[name][0], [(*lane, 0) for lane in BEYOND[name]]) for name in names]
+    if stage == "seeds":
+        return [(name, SHAPE | CONTENDERS[name][0], [(*tuned(name), seed) for seed in (0, 1, 2)]) for name in names]
+    return [(name, SHAPE | CONTENDERS[name][0] | dict(steps=round(SHAPE["steps"] * multiple)), [(*tuned(name), 0)])
+            for name in names for multiple in (1.3, 2, 4)]
+
+
+STAGES = ("tune", "beyond", "seeds", "longer")
+
+
+def tuned(name):
+    """(learning rate, multiple) with the least held-out loss."""
+    runs = [run for run in read_runs() if run["stage"] in ("tune", "beyond") and run["name"] == name]
+    run = min(runs, key=lambda run: run["held_out"] if math.isfinite(run["held_out"]) else math.inf)
+    return run["learning_rate"], run["ends"]
+
+
+def read_runs():
+    """Every line of headline.jsonl: a run, with its training losses up to steps "at" where they were kept."""
+    return [json.loads(line) for line in METRICS.read_text().splitlines()] if METRICS.exists() else []
+
+
+def key(stage, name, steps, lane):
+    return stage, name, steps, *lane
+
+
+# --- Training lanes side by side ----------------------------------------------------------------------------------------
+
+def run_stage(stage, names, folder):
+    import jax
+    from minitf import Config, data
+    corpus = data.load(str(folder), None, SHAPE["length"])
+    bits = len(corpus.held_out) / (corpus.held_out_counts @ data.byte_lengths(corpus.encoding)) / math.log(2)
+    done = {key(run["stage"], run["name"], run["flags"]["steps"], (run["learning_rate"], run["ends"], run["seed"]))
+            for run in read_runs()}
+    for name, flags, lanes in stage_runs(stage, names):
+        lanes = [lane for lane in lanes if key(stage, name, flags["steps"], lane) not in done]
+        if not lanes:
+            continue
+        config, begin = Config(**flags, repeat_rate=data.repeat_rate(corpus.train_counts)), time.perf_counter()
+        at, losses, held_out = train_lanes(config, lanes, corpus, data.vocabulary(corpus.encoding))
+        seconds = time.perf_counter() - begin
+        with open(METRICS, "a") as file:
+            for lane, (rate, ends, seed) in enumerate(lanes):
+                file.write(json.dumps(dict(
+                    stage=stage, name=name, learning_rate=rate, ends=ends, seed=seed, held_out=held_out[lane],
+                    bits_per_byte=held_out[lane] * bits, flags=flags, device=jax.devices()[0].device_kind,
+                    at=at.tolist(), loss=losses[:, lane].astype(float).round(3).tolist())) + "\n")
+        print(f"{stage} {name} {config.steps} steps, {seconds:.0f} s: " + ", ".join(
+            f"{rate:.2g}x{ends:g}/{seed} {value:.3f}" for (rate, ends, seed), value in zip(lanes, held_out)), flush=True)
+
+
+def train_lanes(config, lanes, corpus, vocabulary, every=10, windows=512):
+    """Trains one network a lane: (steps, mean training losses up to them (n, lanes), final held-out losses), in nats a token.
+
+    The optimizer runs at a rate of 1 and each lane scales its updates: one program for all rates.
+    """
+    import jax
+    import jax.numpy as jnp
+    import optax
+    from minitf import data, model, train
+    rates, ends, seeds = zip(*lanes)
+    rates, ends = jnp.array(rates), jnp.array(ends)
+    config = replace(config, learning_rate=1.0)
+    optimizer, constants = train.make_optimizer(config), model.constants(config)
+
+    def step(params, state, batch, rate, ends):
+        value, gradient = jax.value_and_grad(train.loss)(params, constants, batch, config)
+        updates, state = optimizer.update(gradient, state, params)
+        updates = {name: jax.tree.map(lambda u: (rate if name == "blocks" else rate * ends) * u, part)
+                   for name, part in updates.items()}
+        return optax.apply_updates(params, updates), state, value
+
+    keys = jnp.stack([jax.random.key(seed) for seed in seeds])
+    params = jax.jit(lambda keys: jax.lax.map(lambda key: model.init(key, config, vocabulary), keys))(keys)
+    state = jax.vmap(optimizer.init)(params)
+    step = jax.jit(jax.vmap(step), donate_argnums=(0, 1))
+    losses = []
+    for number in range(config.steps):
+        batches = {seed: data.batch(corpus.train, config.length, config.batch, seed, number) for seed in set(seeds)}
+        params, state, values = step(params, state, np.stack([batches[seed] for seed in seeds]), rates, ends)
+        losses.append(values)
+    losses = np.asarray(jnp.stack(losses))[:config.steps // every * every]
+    del state
+    test = data.spread_windows(corpus.held_out, config.length, windows)
+    test = test[:len(test) // config.batch * config.batch].reshape(-1, config.batch, config.length + 1)
+    loss = jax.jit(jax.vmap(lambda params, batch: train.loss(params, constants, batch, config), (0, None)))
+    held_out = np.mean([np.asarray(loss(params, batch)) for batch in test], 0)
+    return (np.arange(len(losses) // every) + 1) * every, losses.reshape(-1, every, len(lanes)).mean(1), held_out.tolist()
+
+
+# --- What came out ------------------------------------------------------------------------------------------------------
+
+def report():
+    """Replaces what follows TABLES in results.md, and draws headline.png from the runs whose losses were kept."""
+    runs = read_runs()
+    lines = []
+    for name in {run["name"]: None for run in runs}:
+        tuning = [run for run in runs if run["name"] == name and run["stage"] in ("tune", "beyond")]
+        ends = sorted({run["ends"] for run in tuning})
+        lines += [f"\n**{name}**, {tuning[0]['flags']['steps']} steps\n",
+                  "| blocks' rate | " + " | ".join(f"ends x {each:g}" for each in ends) + " |", "| --- |" + " --- |" * len(ends)]
+        for rate in sorted({run["learning_rate"] for run in tuning}):
+            cells = {run["ends"]: f"{run['held_out']:.3f} ({run['bits_per_byte']:.3f})" for run in tuning if run["learning_rate"] == rate}
+            lines.append(f"| {rate:.3g} | " + " | ".join(cells.get(each, "") for each in ends) + " |")
+    lines += ["\n**longer, and other seeds**\n", "| run | steps | blocks' rate, ends | seed | held out |", "| --- | --- | --- | --- | --- |"]
+    lines += [f"| {run['name']} | {run['flags']['steps']} | {run['learning_rate']:.3g} x {run['ends']:g} | {run['seed']} | "
+              f"{run['held_out']:.3f} ({run['bits_per_byte']:.3f}) |" for run in runs if run["stage"] in ("longer", "seeds")]
+    results = HERE / "results.md"
+    before = results.read_text().split(TABLES)[0]
+    results.write_text(before + TABLES + "\n" + "\n".join(lines) + "\n")
+    draw([run for run in runs if "at" in run and (run["stage"] != "tune" or (run["learning_rate"], run["ends"]) == tuned(run["name"]))])
+
+
+TABLES = "## All runs"
+
+
+def draw(runs):
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for run, style in zip(runs, ("k-", "k--", "k:", "k-.")):
+        axes.plot(run["at"], run["loss"], style, label=f"{run['name']}, {run['flags']['steps']} steps: held out {run['held_out']:.3f}")
+    axes.set(xlabel="step", ylabel="training loss, nats a token", ylim=(2.4, 6),
+             title="36 blocks, width 256, Python source: no skips and no norms (vanilla)\nbeside the standard transformer (Pre-LN)")
+    axes.legend()
+    figure.savefig(HERE / "headline.png", dpi=110)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "report"))
+    parser.add_argument("stage", nargs="?", choices=STAGES)
+    parser.add_argument("names", nargs="*", default=list(CONTENDERS), help=", ".join(CONTENDERS))
+    parser.add_argument("--data", type=Path)
+    arguments = parser.parse_args()
+    if arguments.what == "report":
+        report()
+    else:
+        run_stage(arguments.stage, arguments.names, arguments.data)
