@@ -46,8 +46,8 @@ def measure(params, constants, tokens, key, config):
     def one(tokens, key):
         x = states(params, constants, tokens, config)
         g = gradients(params, constants, x, jax.random.normal(key, x.shape[1:], x.dtype), config)
-        return [jnp.einsum("lid,ljd->lij", y, y, precision="highest", preferred_element_type=jnp.float32) / config.width
-                for y in (x, g)]
+        kernels = lambda y: jnp.einsum("lid,ljd->lij", y, y, precision="highest") / config.width
+        return [kernels(y.astype(jnp.float32)) for y in (x, g)]
 
     return jax.vmap(one)(tokens, jax.random.split(key, len(tokens)))
 

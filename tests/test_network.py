@@ -318,8 +318,10 @@ def test_gradients_and_kernels_survive_without_skips_and_norms():
 def test_rounding_is_not_taken_for_rank(seed, dtype, depth):
     """Tokens that are one vector, but for as many roundings as a network of this depth makes; ten times the errors are rank."""
     rng, width, length = np.random.default_rng(seed), 64, 32
-    least = report.rounded_rank(width, length, depth, dtype)
     one = np.float32(rng.normal(size=width) * np.ones((length, 1)))
+    # The noise's mean square, of T d terms weighted by x^2, has this relative spread; 6 of it.
+    spread = np.sqrt(2 * np.sum(one[0]**4) / length) / np.sum(one[0]**2)
+    least = report.rounded_rank(width, length, depth * (1 + 6 * spread), dtype)
     noise = rng.uniform(-1, 1, (report.ROUNDINGS * depth, length, width)).sum(0) * float(jnp.finfo(dtype).eps) / 2
     rank = lambda x: report.effective_rank(np.asarray(jnp.einsum("id,jd->ij", x, x)) / width)
     assert rank(np.float32(one * (1 + noise))) <= least
