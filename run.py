@@ -52,12 +52,8 @@ def main(arguments=None):
 def make_parser():
     """(parser, Config): one flag for each field of Config and of Sampling, and what to do and where."""
     from minitf.config import Config, Sampling, kind
+    from minitf.errors import Parser
     from minitf.report import THRESHOLDS
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            line = " ".join(message.split()).encode("utf-8", "backslashreplace").decode()
-            self.exit(2, f"run.py: {line}\n")
 
     parser = Parser(prog="run.py", description=__doc__, allow_abbrev=False)
     for each in {each.name: each for each in (*fields(Sampling), *fields(Config))}.values():

@@ -33,7 +33,7 @@ import numpy as np
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 from minitf import checkpoint, data, show                                  # noqa: E402
-from minitf.errors import require                                          # noqa: E402
+from minitf.errors import Parser, require                                         # noqa: E402
 
 PIECE = 2**20                       # bytes of text that tiktoken gets at once: what is one word takes it longer by the byte
 LINE = 2**26                        # bytes of a line of JSON, which must be in memory as a whole
@@ -47,10 +47,6 @@ PARTS = ("train", "held_out")
 
 def main(arguments=None):
     """Parses the flags and prepares. Whatever a user can get wrong: one line, exit status 2."""
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            self.exit(2, " ".join(f"prepare.py: {message}".split()).encode("utf-8", "backslashreplace").decode() + "\n")
-
     parser = Parser(prog="prepare.py", description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", metavar="FILES", help="files, folders or globs")

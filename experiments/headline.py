@@ -12,7 +12,6 @@ import math
 import sys
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -130,10 +129,8 @@ def train_lanes(config, lanes, corpus, vocabulary, every=10, windows=512):
     losses = np.asarray(jnp.stack(losses))[:config.steps // every * every]
     del state
     test = data.spread_windows(corpus.held_out, config.length, windows)
-    test = test[:len(test) // config.batch * config.batch].reshape(-1, config.batch, config.length + 1)
-    loss = jax.jit(jax.vmap(lambda params, batch: train.loss(params, constants, batch, config), (0, None)))
-    held_out = np.mean([np.asarray(loss(params, batch)) for batch in test], 0)
-    return (np.arange(len(losses) // every) + 1) * every, losses.reshape(-1, every, len(lanes)).mean(1), held_out.tolist()
+    held_out = [train.evaluate(jax.tree.map(lambda leaf: leaf[lane], params), constants, test, config) for lane in range(len(lanes))]
+    return (np.arange(len(losses) // every) + 1) * every, losses.reshape(-1, every, len(lanes)).mean(1), held_out
 
 
 # --- What came out ------------------------------------------------------------------------------------------------------

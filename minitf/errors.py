@@ -1,4 +1,5 @@
-"""One way to refuse: a ValueError whose one line says what is wrong and what is allowed."""
+"""One way to refuse: one line that says what is wrong and what is allowed. A ValueError; exit status 2 on a command line."""
+import argparse
 
 
 def require(condition, message):
@@ -13,3 +14,11 @@ class OutOfReach(ValueError):
     def __init__(self, message, target, best):
         super().__init__(message)
         self.target, self.best = target, best
+
+
+class Parser(argparse.ArgumentParser):
+    """Its errors are one line."""
+
+    def error(self, message):
+        line = " ".join(message.split()).encode("utf-8", "backslashreplace").decode()
+        self.exit(2, f"{self.prog}: {line}\n")

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 
 try:
     from jax.experimental.pallas import triton
-except ImportError:                                       # deprecated in jax 0.11: model.attend_fused does without
+except ImportError:                                       # deprecated in jax 0.11: model.attend does without
     triton = None
 
 BLOCK = 64                                                # keys in a block, and queries in the backward pass
@@ -131,18 +131,9 @@ def backward(q, k, v, g, begin, keys, lse, dot, decay_ref, scale, masked):
     return weights.astype(q.dtype), dz.astype(q.dtype)
 
 
-def padded(x, axis_sizes):
-    """x with zeros at the end of axes, up to multiples (axis 1) or powers of two that the kernel's blocks need."""
-    return jnp.pad(x, [(0, size - old) for size, old in zip(axis_sizes, x.shape)])
-
-
-def prepare(q, k, v, decay, rescale):
-    """What all kernels take: padded q, k, v, rescale; decay to base 2; reach; the scale of the logits to base 2."""
-    batch, length, heads, features = q.shape
-    size = -(-length // QUERIES) * QUERIES
-    whole = batch, size, heads, max(16, pl.next_power_of_2(features))
-    q2, k2, v2 = (padded(x, whole) for x in (q, k, v))
-    return (decay * LOG2E, reach(q, k, decay), jnp.pad(rescale, (0, size - length))), (q2, k2, v2), LOG2E / features**0.5
+def padded(x, shape):
+    """x with zeros at the end of axes, up to a shape."""
+    return jnp.pad(x, [(0, size - old) for size, old in zip(shape, x.shape)])
 
 
 def specifications(shape, block):
@@ -171,33 +162,36 @@ def call(kernel, shape, block, inputs, outputs, interpret, stages, warps):
 
 
 def forward(q, k, v, decay, rescale, interpret):
-    """(out, what the backward pass needs)."""
-    constants, (q2, k2, v2), scale = prepare(q, k, v, decay, rescale)
-    batch, size, heads, _ = q2.shape
-    outputs = [("features", jax.ShapeDtypeStruct(q2.shape, v.dtype)),
+    """(out, what the backward pass needs): arrays are padded to what the kernels' blocks need, and kept so."""
+    batch, length, heads, features = q.shape
+    size = -(-length // QUERIES) * QUERIES
+    whole = batch, size, heads, max(16, pl.next_power_of_2(features))
+    constants = decay * LOG2E, reach(q, k, decay), padded(rescale, (size,))
+    q, k, v = (padded(x, whole) for x in (q, k, v))
+    outputs = [("features", jax.ShapeDtypeStruct(whole, v.dtype)),
                ("row", jax.ShapeDtypeStruct((batch, heads, size), jnp.float32))]
-    kernel = call(partial(forward_kernel, scale=scale), q2.shape, QUERIES,
+    kernel = call(partial(forward_kernel, scale=LOG2E / features**0.5), whole, QUERIES,
                   "decay reach rescale features all_features all_features", outputs, interpret, 3, 4)
-    out, lse = kernel(*constants, q2, k2, v2)
-    out = out[:, :q.shape[1], :, :q.shape[3]]
-    return out, (q, k, v, decay, rescale, out, lse)
+    out, lse = kernel(*constants, q, k, v)
+    out = out[:, :length, :, :features]
+    return out, (constants, q, k, v, out, lse)
 
 
 def gradients(interpret, saved, g):
     """The gradients of q, k, v; decay and rescale are constants."""
-    q, k, v, decay, rescale, out, lse = saved
-    constants, (q2, k2, v2), scale = prepare(q, k, v, decay, rescale)
-    dot = jnp.einsum("bthk,bthk->bht", g, out, preferred_element_type=jnp.float32)
-    dot, g2 = jnp.pad(dot, ((0, 0), (0, 0), (0, lse.shape[-1] - dot.shape[-1]))), padded(g, q2.shape)
-    like = [("features", jax.ShapeDtypeStruct(q2.shape, q.dtype))]
-    by_key = call(partial(key_kernel, scale=scale), q2.shape, BLOCK,
+    constants, q, k, v, out, lse = saved
+    _, length, _, features = g.shape
+    scale = LOG2E / features**0.5
+    dot = padded(jnp.einsum("bthk,bthk->bht", g, out, preferred_element_type=jnp.float32), lse.shape)
+    like = [("features", jax.ShapeDtypeStruct(q.shape, q.dtype))]
+    by_key = call(partial(key_kernel, scale=scale), q.shape, BLOCK,
                   "decay reach rescales rows rows all_features features features all_features", like * 2, interpret, 2, 4)
-    by_query = call(partial(query_kernel, scale=scale), q2.shape, BLOCK,
+    by_query = call(partial(query_kernel, scale=scale), q.shape, BLOCK,
                     "decay reach rescale row row features all_features all_features features", like, interpret, 2, 4)
-    arguments = *constants, lse, dot, q2, k2, v2, g2
+    arguments = *constants, lse, dot, q, k, v, padded(g, q.shape)
     dk, dv = by_key(*arguments)
     dq, = by_query(*arguments)
-    return *(x[:, :q.shape[1], :, :q.shape[3]] for x in (dq, dk, dv)), None, None
+    return *(x[:, :length, :, :features] for x in (dq, dk, dv)), None, None
 
 
 attend.defvjp(forward, gradients)

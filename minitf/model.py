@@ -93,15 +93,17 @@ def attend(q, k, v, bias=None, decay=None, rescale=None, start=0):
 
     B, for every head: bias, (S, T), -inf where j > i; or decay, (3,), what makes it, see decay_bias. rescale: D, (S,).
     Without them: causal, D = 1. The softmax is float32. The queries are those of positions from `start`; in the forward
-    pass all, from 0. This is the specification; on a GPU the forward pass runs attend_fused.
+    pass all, from 0. softmax_sum is the specification; in bfloat16 on a GPU the forward pass makes no T x T logits.
     """
-    if jax.default_backend() == "gpu" and v.dtype == jnp.bfloat16 and v.shape[-1] % 8 == 0 and isinstance(start, int):
-        return attend_fused(q, k, v, bias, decay, rescale)
+    fused = jax.default_backend() == "gpu" and v.dtype == jnp.bfloat16 and v.shape[-1] % 8 == 0 and isinstance(start, int)
+    if fused and decay is not None and flash.triton:
+        whole = lambda x: x.reshape(-1, *x.shape[-3:])
+        return flash.attend(whole(q), whole(k), whole(v), decay, rescale).reshape(q.shape)
     if decay is not None:
         bias = decay_bias(decay, start, q.shape[-3], k.shape[-3])
-    if bias is None:
+    if bias is None and not fused:
         bias = jnp.where(start + np.arange(q.shape[-3])[:, None] >= np.arange(k.shape[-3]), 0.0, -jnp.inf)
-    out = softmax_sum(q, k, v, bias)
+    out = (softmax_sum_fused if fused else softmax_sum)(q, k, v, bias)
     return out if rescale is None else (rescale[:, None, None] * out).astype(v.dtype)
 
 
@@ -112,25 +114,19 @@ def softmax_sum(q, k, v, bias):
     return jnp.einsum("...hqk,...khd->...qhd", jax.nn.softmax(logits + bias).astype(v.dtype), v)
 
 
+def softmax_sum_fused(q, k, v, bias):
+    """The same by cuDNN's flash attention, for bfloat16: the bias, too, is rounded to it. Without one: causal."""
+    if bias is not None:
+        bias = jnp.tril(bias).astype(v.dtype)[None, None]                                   # is_causal does the mask
+    return jax.nn.dot_product_attention(q, k, v, bias, is_causal=True, implementation="cudnn")
+
+
 def decay_bias(decay, start, count, length):
     """B of `espa`, (count, length), for queries from `start`: -slope (i - j), and `first` for key 0, `own` for key i."""
     slope, first, own = decay
     lag = start + np.arange(count)[:, None] - np.arange(length)
     bias = -slope * lag + jnp.where(np.arange(length) == 0, first, 0.0) + jnp.where(lag == 0, own, 0.0)
     return jnp.where(lag >= 0, bias, -jnp.inf)
-
-
-def attend_fused(q, k, v, bias, decay, rescale):
-    """The same in bfloat16 without a T x T array of logits: flash.py for a decay, else cuDNN's flash attention."""
-    if decay is not None and flash.triton:
-        whole = lambda x: x.reshape(-1, *x.shape[-3:])
-        return flash.attend(whole(q), whole(k), whole(v), decay, rescale).reshape(q.shape)
-    if decay is not None:
-        bias = decay_bias(decay, 0, q.shape[-3], k.shape[-3])
-    if bias is not None:
-        bias = jnp.tril(bias).astype(v.dtype)[None, None]                                   # is_causal does the mask
-    out = jax.nn.dot_product_attention(q, k, v, bias, is_causal=True, implementation="cudnn")
-    return out if rescale is None else (rescale[:, None, None] * out).astype(v.dtype)
 
 
 def mlp(x, weights, config):
