@@ -21,44 +21,71 @@ sys.path.insert(0, str(HERE.parent))
 
 METRICS = HERE / "headline.jsonl"
 SHAPE = dict(depth=36, width=256, heads=4, length=256, batch=32, steps=300)
-CONTENDERS = {                                            # name: (flags, middle of the grid of learning rates)
-    "vanilla espa Muon": (dict(attn="espa", optimizer="muon"), 5e-4),
-    "Pre-LN AdamW": (dict(block="preln", optimizer="adamw"), 2e-3),
-    "Pre-LN Muon": (dict(block="preln", optimizer="muon"), 4e-3),
-    "vanilla espa AdamW": (dict(attn="espa", optimizer="adamw"), 1e-4),
-    "weighted espa Muon": (dict(block="weighted", optimizer="muon"), 2e-3),
-    "weighted espa AdamW": (dict(block="weighted", optimizer="adamw"), 1e-3),
-    "vanilla softmax AdamW": (dict(attn="softmax", optimizer="adamw"), 1e-4),
-    "vanilla vskip AdamW": (dict(attn="vskip", optimizer="adamw"), 1e-4),
-    "vanilla uspa AdamW": (dict(attn="uspa", optimizer="adamw"), 1e-4),
+CONTENDERS = {                                            # name: flags; "paper": the published initialisation and activation
+    "vanilla espa Muon": dict(block="vanilla", optimizer="muon"),
+    "vanilla espa AdamW": dict(block="vanilla", optimizer="adamw"),
+    "vanilla softmax Muon": dict(block="vanilla", attn="softmax"),
+    "paper espa Muon": dict(block="paper", optimizer="muon"),
+    "paper espa AdamW": dict(block="paper"),
+    "paper uspa AdamW": dict(block="paper", attn="uspa"),
+    "paper vskip AdamW": dict(block="paper", attn="vskip"),
+    "paper softmax AdamW": dict(block="paper", attn="softmax"),
+    "weighted espa Muon": dict(block="weighted"),
+    "weighted softmax Muon": dict(block="weighted", attn="softmax"),
+    "weighted espa AdamW": dict(block="weighted", optimizer="adamw"),
+    "Pre-LN Muon": dict(block="preln", optimizer="muon"),
+    "Pre-LN AdamW": dict(block="preln"),
 }
-RATES, ENDS = (0.5, 1.0, 2.0), (1.0, 4.0, 16.0)           # times the middle; times the blocks' rate, for embeddings and head
-BEYOND = {"Pre-LN AdamW": [(2.5e-4, 16.0), (5e-4, 16.0), (5e-4, 64.0), (1e-3, 64.0)]}     # where the best was at an edge
+
+
+def grid(rates, ends, qk=(1.0,)):
+    return [(rate, end, q) for rate in rates for end in ends for q in qk]
+
+
+# (learning rate of the blocks, its multiple for embeddings and head, for queries and keys): a first grid, and where its best
+# was at an edge, what lies beyond.
+TRIALS = {
+    "vanilla espa Muon": grid((2e-4, 3.5e-4, 6e-4), (44.0,), (16.0, 48.0)) + [(3.5e-4, 128.0, 16.0), (3.5e-4, 16.0, 16.0), (3.5e-4, 44.0, 4.0)],
+    "vanilla espa AdamW": grid((5e-5, 1e-4, 2e-4), (64.0,), (8.0, 32.0)) + [(1e-4, 256.0, 16.0), (1e-4, 64.0, 2.0), (2e-4, 16.0, 16.0)],
+    "vanilla softmax Muon": grid((2e-4, 3.5e-4), (44.0,), (1.0,)),
+    "paper espa Muon": grid((2.5e-4, 5e-4, 1e-3), (1.0, 4.0, 16.0)),
+    "paper espa AdamW": grid((5e-5, 1e-4, 2e-4), (1.0, 4.0, 16.0)),
+    "paper uspa AdamW": grid((5e-5, 1e-4), (16.0,)),
+    "paper vskip AdamW": grid((5e-5, 1e-4), (16.0,)),
+    "paper softmax AdamW": grid((5e-5, 1e-4), (16.0,)),
+    "weighted espa Muon": grid((2e-3, 4e-3), (8.0,), (1.0, 4.0)) + [(1e-3, 16.0, 4.0)],
+    "weighted softmax Muon": grid((1.5e-3, 3e-3), (8.0,), (1.0, 4.0)) + [(3e-3, 24.0, 1.0)],
+    "weighted espa AdamW": grid((5e-4, 1e-3, 2e-3), (8.0,)),
+    "Pre-LN Muon": grid((2e-3, 4e-3, 8e-3), (1.0, 4.0, 16.0)) + [(8e-3, 64.0, 1.0), (1.6e-2, 16.0, 1.0), (8e-3, 16.0, 4.0), (4e-3, 64.0, 1.0)],
+    "Pre-LN AdamW": grid((1e-3, 2e-3, 4e-3), (1.0, 4.0, 16.0)) + [(5e-4, 16.0, 1.0), (5e-4, 64.0, 1.0), (1e-3, 64.0, 1.0), (1e-3, 16.0, 4.0)],
+}
+
+LONGER = {"vanilla espa Muon": (1.3, 4), "Pre-LN Muon": (4,), "vanilla espa AdamW": (2, 5)}     # times the steps
 
 
 # --- Stages: which runs there are ---------------------------------------------------------------------------------------
 
 def stage_runs(stage, names):
-    """[(name, flags, lanes)] of a stage; a lane is (learning rate, its multiple for embeddings and head, seed)."""
+    """[(name, flags, lanes)] of a stage; a lane is (learning rate, its multiples for the ends and for queries and keys, seed)."""
     if stage == "tune":
-        return [(name, SHAPE | flags, [(middle * factor, ends, 0) for factor in RATES for ends in ENDS])
-                for name, (flags, middle) in CONTENDERS.items() if name in names]
-    if stage == "beyond":
-        return [(name, SHAPE | CONTENDERS[name][0], [(*lane, 0) for lane in BEYOND[name]]) for name in names]
+        return [(name, SHAPE | CONTENDERS[name], [(*trial, 0) for trial in TRIALS[name]]) for name in names]
     if stage == "seeds":
-        return [(name, SHAPE | CONTENDERS[name][0], [(*tuned(name), seed) for seed in (0, 1, 2)]) for name in names]
-    return [(name, SHAPE | CONTENDERS[name][0] | dict(steps=round(SHAPE["steps"] * multiple)), [(*tuned(name), 0)])
-            for name in names for multiple in (1.3, 2, 4)]
+        return [(name, SHAPE | CONTENDERS[name], [(*tuned(name), seed) for seed in (1, 2)]) for name in names]
+    if stage == "wide":
+        lanes = lambda name: [(rate * 2**-0.5, ends, qk, seed) for rate, ends, qk in [tuned(name)] for seed in (0, 1, 2)]
+        return [(name, SHAPE | CONTENDERS[name] | dict(width=512, heads=8), lanes(name)) for name in names]
+    return [(name, SHAPE | CONTENDERS[name] | dict(steps=round(SHAPE["steps"] * multiple)), [(*tuned(name), 0)])
+            for name in names for multiple in LONGER[name]]
 
 
-STAGES = ("tune", "beyond", "seeds", "longer")
+STAGES = ("tune", "seeds", "wide", "longer")
 
 
 def tuned(name):
-    """(learning rate, multiple) with the least held-out loss."""
-    runs = [run for run in read_runs() if run["stage"] in ("tune", "beyond") and run["name"] == name]
-    run = min(runs, key=lambda run: run["held_out"] if math.isfinite(run["held_out"]) else math.inf)
-    return run["learning_rate"], run["ends"]
+    """(learning rate, multiples) with the least held-out loss."""
+    runs = [run for run in read_runs() if run["stage"] == "tune" and run["name"] == name and math.isfinite(run["held_out"])]
+    run = min(runs, key=lambda run: run["held_out"])
+    return run["learning_rate"], run["ends"], run["qk"]
 
 
 def read_runs():
@@ -66,34 +93,34 @@ def read_runs():
     return [json.loads(line) for line in METRICS.read_text().splitlines()] if METRICS.exists() else []
 
 
-def key(stage, name, steps, lane):
-    return stage, name, steps, *lane
+def lane_of(run):
+    return run["learning_rate"], run["ends"], run["qk"], run["seed"]
 
 
 # --- Training lanes side by side ----------------------------------------------------------------------------------------
 
 def run_stage(stage, names, folder):
     import jax
-    from minitf import Config, data
+    from minitf import Config, data, model
     corpus = data.load(str(folder), None, SHAPE["length"])
     bits = len(corpus.held_out) / (corpus.held_out_counts @ data.byte_lengths(corpus.encoding)) / math.log(2)
-    done = {key(run["stage"], run["name"], run["flags"]["steps"], (run["learning_rate"], run["ends"], run["seed"]))
-            for run in read_runs()}
+    model.UNROLLED = 0                                    # many short programs: a loop, which compiles sooner
+    done = {(run["stage"], run["name"], run["flags"]["steps"], lane_of(run)) for run in read_runs()}
     for name, flags, lanes in stage_runs(stage, names):
-        lanes = [lane for lane in lanes if key(stage, name, flags["steps"], lane) not in done]
+        lanes = [lane for lane in lanes if (stage, name, flags["steps"], lane) not in done]
         if not lanes:
             continue
         config, begin = Config(**flags, repeat_rate=data.repeat_rate(corpus.train_counts)), time.perf_counter()
         at, losses, held_out = train_lanes(config, lanes, corpus, data.vocabulary(corpus.encoding))
         seconds = time.perf_counter() - begin
         with open(METRICS, "a") as file:
-            for lane, (rate, ends, seed) in enumerate(lanes):
+            for lane, (rate, ends, qk, seed) in enumerate(lanes):
                 file.write(json.dumps(dict(
-                    stage=stage, name=name, learning_rate=rate, ends=ends, seed=seed, held_out=held_out[lane],
+                    stage=stage, name=name, learning_rate=rate, ends=ends, qk=qk, seed=seed, held_out=held_out[lane],
                     bits_per_byte=held_out[lane] * bits, flags=flags, device=jax.devices()[0].device_kind,
                     at=at.tolist(), loss=losses[:, lane].astype(float).round(3).tolist())) + "\n")
         print(f"{stage} {name} {config.steps} steps, {seconds:.0f} s: " + ", ".join(
-            f"{rate:.2g}x{ends:g}/{seed} {value:.3f}" for (rate, ends, seed), value in zip(lanes, held_out)), flush=True)
+            f"{rate:.2g}x{ends:g},{qk:g}/{seed} {value:.3f}" for (rate, ends, qk, seed), value in zip(lanes, held_out)), flush=True)
 
 
 def train_lanes(config, lanes, corpus, vocabulary, every=10, windows=512):
@@ -105,26 +132,25 @@ def train_lanes(config, lanes, corpus, vocabulary, every=10, windows=512):
     import jax.numpy as jnp
     import optax
     from minitf import data, model, train
-    rates, ends, seeds = zip(*lanes)
-    rates, ends = jnp.array(rates), jnp.array(ends)
-    config = replace(config, learning_rate=1.0)
+    *rates, seeds = zip(*lanes)
+    rates = jnp.array(rates, jnp.float32)
+    config = replace(config, learning_rate=1.0, ends=1.0, qk=1.0)
     optimizer, constants = train.make_optimizer(config), model.constants(config)
 
-    def step(params, state, batch, rate, ends):
+    def step(params, state, batch, rates):
         value, gradient = jax.value_and_grad(train.loss)(params, constants, batch, config)
         updates, state = optimizer.update(gradient, state, params)
-        updates = {name: jax.tree.map(lambda u: (rate if name == "blocks" else rate * ends) * u, part)
-                   for name, part in updates.items()}
+        updates = jax.tree.map(jnp.multiply, updates, train.rates(updates, *rates))
         return optax.apply_updates(params, updates), state, value
 
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
     params = jax.jit(lambda keys: jax.lax.map(lambda key: model.init(key, config, vocabulary), keys))(keys)
     state = jax.vmap(optimizer.init)(params)
-    step = jax.jit(jax.vmap(step), donate_argnums=(0, 1))
+    step = jax.jit(jax.vmap(step, (0, 0, 0, 1)), donate_argnums=(0, 1))
     losses = []
     for number in range(config.steps):
         batches = {seed: data.batch(corpus.train, config.length, config.batch, seed, number) for seed in set(seeds)}
-        params, state, values = step(params, state, np.stack([batches[seed] for seed in seeds]), rates, ends)
+        params, state, values = step(params, state, np.stack([batches[seed] for seed in seeds]), rates)
         losses.append(values)
     losses = np.asarray(jnp.stack(losses))[:config.steps // every * every]
     del state

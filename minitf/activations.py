@@ -28,6 +28,7 @@ SMOOTH = {  # name: (in NumPy, in JAX)
 SLOPES = {"leaky_relu": 0.01, "relu": 0.0}               # the kinked ones, with their slope where it is not chosen
 NAMES = (*SLOPES, *SMOOTH)
 TRANSFORMS = ("tat", "dks", "none")
+LOOK_LINEAR = (*SLOPES, "gelu", "silu", "softplus")      # phi(x) - phi(-x) is a multiple of x
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,11 @@ def leaky(x, slope):
 
 leaky.defvjp(lambda x, slope: (leaky(x, slope),) * 2,
              lambda slope, y, gradient: (jnp.where(y > 0, gradient, slope * gradient),))
+
+
+def odd_slope(activation):
+    """The m of phi^(x) - phi^(-x) = m x, for LOOK_LINEAR without an input shift."""
+    return activation.output_scale * (1 + activation.slope if activation.name in SLOPES else activation.input_scale)
 
 
 def solve(name, transform, depth, alpha=0.0, beta=1.0, eta=0.9, zeta=1.5, tau=0.3):

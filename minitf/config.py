@@ -8,8 +8,10 @@ from .errors import require
 
 # What a kind of block brings along; any flag given beside it wins.
 BLOCKS = {
-    "vanilla": dict(attn="espa", alpha=0.0, beta=1.0, norm="none", act="leaky_relu", transform="tat",
-                    init="orthogonal", optimizer="muon"),
+    "vanilla": dict(attn="espa", alpha=0.0, beta=1.0, norm="none", act="relu", transform="none",
+                    init="looks_linear", optimizer="muon"),
+    "paper": dict(attn="espa", alpha=0.0, beta=1.0, norm="none", act="leaky_relu", transform="tat",
+                  init="orthogonal", optimizer="adamw"),
     "weighted": dict(attn="espa", alpha=0.98, beta=sqrt(1 - 0.98**2), norm="none", act="relu", transform="none",
                      init="orthogonal", optimizer="muon"),
     "preln": dict(attn="softmax", alpha=1.0, beta=1.0, norm="layer", act="gelu", transform="none",
@@ -33,7 +35,7 @@ class Config:
     width: int = flag(64, "features of a token (d)", low=1)
     heads: int = flag(4, "attention heads", low=1)
     length: int = flag(64, "tokens of context (T)", low=2)
-    block: str = flag("vanilla", "no skips and no norms; weighted skips, no norms; or the standard transformer", *BLOCKS)
+    block: str = flag("vanilla", "no skips and no norms, ours or as in the paper; weighted skips, no norms; or the standard transformer", *BLOCKS)
     attn: str | None = flag(None, "attention", "softmax", "vskip", "uspa", "espa")
     gamma: float = flag(0.2, "espa: the last kernel's decay, gamma_L", above=0)
     rho: float = flag(0.8, "uspa: the last kernel's correlation, rho_L", above=0, below=1)
@@ -48,7 +50,7 @@ class Config:
     eta: float = flag(0.9, "TAT of leaky ReLU: C_f(0)", above=0, below=1)
     zeta: float = flag(1.5, "DKS: slope of C_f at 1", above=1)
     tau: float = flag(0.3, "TAT of smooth activations: curvature of C_f at 1", above=0)
-    init: str | None = flag(None, "initialisation of weights", "orthogonal", "gaussian")
+    init: str | None = flag(None, "initialisation of weights", "looks_linear", "orthogonal", "gaussian")
     position: str = flag("rope", "position encoding", "rope", "sinusoidal", "learned", "none")
     batch: int = flag(16, "sequences a step", low=1)
     steps: int = flag(400, "training steps", low=1, high=2**31 - 1)
@@ -56,7 +58,8 @@ class Config:
     optimizer: str | None = flag(None, "optimizer", "muon", "adamw")
     learning_rate: float | None = flag(None, "peak learning rate; default: what suits block, optimizer and size",
                                        above=0)
-    ends: float = flag(1.0, "learning rate of embeddings and head, as a multiple of the blocks'", above=0)
+    ends: float | None = flag(None, "learning rate of embeddings and head, as a multiple of the blocks'; default: tuned, too", above=0)
+    qk: float | None = flag(None, "learning rate of queries and keys, as a multiple of the blocks'; default: tuned, too", above=0)
     warmup: int | None = flag(None, "steps of linear warm-up; default: a twentieth of the steps", low=0)
     weight_decay: float = flag(0.0, "decoupled weight decay of matrices", low=0)
     dtype: str | None = flag(None, "arithmetic; default: bfloat16 on an accelerator, float32 on a CPU",
@@ -78,8 +81,9 @@ class Config:
         for name, value in preset.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        if self.learning_rate is None:
-            object.__setattr__(self, "learning_rate", default_learning_rate(self))
+        for name, value in default_rates(self).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         if self.warmup is None:
             object.__setattr__(self, "warmup", self.steps // 20)
         if self.save_every is None:
@@ -91,8 +95,12 @@ class Config:
         require(self.position != "sinusoidal" or self.width % 2 == 0,
                 f"sinusoidal positions need an even width, not {self.width}")
         require(self.warmup < self.steps, f"warmup must be below steps, {self.steps}, not {self.warmup}")
-        require(self.norm != "none" or abs(self.alpha**2 + self.beta**2 - 1) < 0.01,
-                f"without norms alpha^2 + beta^2 must be 1, not {self.alpha**2 + self.beta**2:.4g}")
+        require(self.init != "looks_linear" or self.act in activations.SLOPES or
+                self.act in activations.LOOK_LINEAR and self.transform == "none",
+                f"init looks_linear needs act {', '.join(activations.SLOPES)}, or with transform none "
+                f"{', '.join(activations.LOOK_LINEAR)}, not {self.act} with {self.transform}; init orthogonal takes all")
+        require(self.norm != "none" and self.transform == "none" or abs(self.alpha**2 + self.beta**2 - 1) < 0.01,
+                f"without norms or with a transform alpha^2 + beta^2 must be 1, not {self.alpha**2 + self.beta**2:.4g}")
         require(self.beta > 0, "beta must be above 0: the branches are all that there is to train")
 
 
@@ -132,20 +140,23 @@ def validate(configuration, each):
         require(fine, f"{name} must be {allowed or 'finite'}, not {value}")
 
 
-# Peak learning rates tuned at depth 36 and width 64, for a network without skips or norms, with weighted skips, with norms.
-LEARNING_RATES = {
-    "vanilla": dict(muon=1e-3, adamw=3e-4),
-    "weighted": dict(muon=4e-3, adamw=2e-3),
-    "preln": dict(muon=8e-3, adamw=4e-3),
+# Tuned at depth 36 and width 64: the blocks' peak learning rate, its multiple for embeddings and head, for queries and keys.
+RATES = {
+    "vanilla": dict(muon=(5e-4, 8.0, 8.0), adamw=(1e-4, 64.0, 16.0)),
+    "paper": dict(muon=(1e-3, 1.0, 1.0), adamw=(3e-4, 1.0, 1.0)),
+    "weighted": dict(muon=(4e-3, 1.0, 1.0), adamw=(2e-3, 1.0, 1.0)),
+    "preln": dict(muon=(8e-3, 1.0, 1.0), adamw=(4e-3, 1.0, 1.0)),
 }
 
 
-def default_learning_rate(config):
-    """The tuned rate, carried over to other sizes.
+def default_rates(config):
+    """{flag: value} of the tuned rates, carried over to other sizes.
 
     An update of one size an entry has a spectral norm that grows as sqrt(width): the rate falls with it. Without skips
     the relative changes of all blocks add up in their product: the rate falls with the depth as well.
     """
-    kind = "preln" if config.norm != "none" else "weighted" if config.alpha > 0 else "vanilla"
-    rate = LEARNING_RATES[kind][config.optimizer] * (64 / config.width) ** 0.5
-    return rate * min(1, 36 / config.depth) if kind == "vanilla" else rate
+    skipless = "vanilla" if config.init == "looks_linear" else "paper"
+    kind = "preln" if config.norm != "none" else "weighted" if config.alpha > 0 else skipless
+    rate, ends, qk = RATES[kind][config.optimizer]
+    rate *= (64 / config.width) ** 0.5 * (min(1, 36 / config.depth) if kind == skipless else 1)
+    return dict(learning_rate=rate, ends=ends, qk=qk)

@@ -179,6 +179,11 @@ def activation(config):
                              config.eta, config.zeta, config.tau)
 
 
+def correlation_map(config):
+    """C of the MLPs at initialisation: the activation's, or the identity where they look linear."""
+    return (lambda c: c) if config.init == "looks_linear" else activation(config).correlation_map
+
+
 def compute_dtype(config):
     """The arithmetic's dtype; parameters are float32."""
     return config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
@@ -193,24 +198,35 @@ def init(key, config, vocabulary):
     gaussian = lambda *shape, std=1.0: std * jax.random.normal(next(keys), shape)
     orthogonal = jax.nn.initializers.orthogonal()
 
+    def frames(fan_in, fan_out):
+        """(L, in, out) of orthonormal rows or columns, whichever are fewer."""
+        # One after the other: batched QR decompositions side by side can wait for each other for ever on a small CPU.
+        return jax.lax.map(lambda key: orthogonal(key, (fan_in, fan_out)), jax.random.split(next(keys), depth))
+
     def matrix(fan_in, fan_out, std=1.0):
         """(L, in, out), keeping mean squares in expectation: orthogonal times max(sqrt(out/in), 1), or N(0, 1/in)."""
         if config.init == "gaussian":
             return gaussian(depth, fan_in, fan_out, std=std * fan_in**-0.5)
-        scale = std * max((fan_out / fan_in)**0.5, 1)
-        # One after the other: batched QR decompositions side by side can wait for each other for ever on a small CPU.
-        return scale * jax.lax.map(lambda key: orthogonal(key, (fan_in, fan_out)), jax.random.split(next(keys), depth))
+        return std * max((fan_out / fan_in)**0.5, 1) * frames(fan_in, fan_out)
+
+    def mirrored(std):
+        """up, down of an MLP that starts as a rotation, x -> std x R: half of the hidden units see the negative of what the
+        others see, and what they say is subtracted: phi(z) - phi(-z) = m z (Balduzzi et al. 2017, arXiv 1702.08591)."""
+        u, r, m = frames(d, 2 * d), frames(d, d), activations.odd_slope(activation(config))
+        up, down = np.sqrt(2) * u, std / (np.sqrt(2) * m) * jnp.swapaxes(u, 1, 2) @ r
+        return jnp.concatenate([up, -up], 2), jnp.concatenate([down, -down], 1)
 
     # Unweighted skips add up 2 L branches: GPT-2 (Radford et al. 2019) starts each at 1/sqrt(2 L).
     branch = (2 * depth)**-0.5 if config.alpha == config.beta == 1 else 1.0
     query = gaussian(depth, d, d, std=d**-0.5)
+    up, down = mirrored(branch) if config.init == "looks_linear" else (matrix(d, 4 * d), matrix(4 * d, d, branch))
     blocks = {
         "query": query if config.attn == "softmax" else jnp.zeros_like(query),
         "key": gaussian(depth, d, d, std=d**-0.5),
         "value": matrix(d, d),
         "output": matrix(d, d, branch),
-        "up": matrix(d, 4 * d),
-        "down": matrix(4 * d, d, branch),
+        "up": up,
+        "down": down,
     }
     # Without norms the tokens of the last layer are alike: a random head would give all of them the same wrong logits,
     # to be unlearned first, so it starts at zero. With a final norm the customary random one learns faster.
@@ -259,7 +275,7 @@ def predict(config, kernel):
     """Section 4's recursion for this network from Sigma_0 = kernel: [(n, Sigma)] after each block; [] for softmax."""
     attentions = [partial(spa.exponential_attend, *pair) for pair in schedule(config)] if config.attn == "espa" else \
         log_attentions(config, len(kernel))
-    return list(spa.propagate(attentions, kernel, activation(config).correlation_map,
+    return list(spa.propagate(attentions, kernel, correlation_map(config),
                               config.alpha, config.beta, config.norm != "none", config.rescale == "expected"))
 
 

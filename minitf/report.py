@@ -61,7 +61,7 @@ def predicted(constants, tokens, config):
         return np.array([kernel] + [sigma for _, sigma in model.predict(config, kernel)])
     bias = np.array([bias for _, bias in map(spa.rescale_and_bias, model.log_attentions(config, len(tokens)))])
     log_a = bias + np.log(np.asarray(constants["rescale"], float))[:, :, None]
-    blocks = spa.propagate(log_a, kernel, model.activation(config).correlation_map, config.alpha, config.beta,
+    blocks = spa.propagate(log_a, kernel, model.correlation_map(config), config.alpha, config.beta,
                            config.norm != "none", rescale=False)            # D has brought n along
     return np.array([kernel] + [sigma for _, sigma in blocks])
 

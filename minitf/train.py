@@ -67,9 +67,20 @@ def make_optimizer(config):
         dimensions = lambda params: jax.tree.map(lambda matrix: stacked if matrix else None, is_matrix(params))
         optimizer = muon(schedule, weight_decay=config.weight_decay, adam_b2=0.95, consistent_rms=0.2,
                          muon_weight_dimension_numbers=dimensions)
-    # Embeddings and head stand once in the network: what limits the rate of blocks, that their changes add up, spares them.
-    outside = lambda params: {name: name != "blocks" for name in params}
-    return optax.chain(optax.clip_by_global_norm(1.0), optimizer, optax.masked(optax.scale(config.ends), outside))
+    scale = optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, rates(updates, 1.0, config.ends, config.qk)))
+    return optax.chain(optax.clip_by_global_norm(1.0), optimizer, scale)
+
+
+def rates(params, blocks, ends, qk):
+    """A learning rate for each parameter: `blocks`, or that times `ends` or `qk`.
+
+    What limits the rate of blocks is that the changes of all of them add up. Embeddings and head stand once in the network,
+    and queries and keys not in the product of matrices that a signal passes: they may learn faster.
+    """
+    def rate(path, _):
+        return blocks * (ends if path[0].key != "blocks" else qk if path[-1].key in ("query", "key") else 1.0)
+
+    return jax.tree_util.tree_map_with_path(rate, params)
 
 
 @partial(jax.jit, static_argnames="config", donate_argnums=(0, 1))

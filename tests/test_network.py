@@ -19,7 +19,7 @@ from run import DATA, ENCODING
 
 EPS32 = np.finfo(np.float32).eps
 T, D, V = 16, 32, 64
-SMALL = Config(depth=4, width=D, heads=4, length=T, eta=0.2, repeat_rate=0.0, rescale="plain")
+SMALL = Config(block="paper", depth=4, width=D, heads=4, length=T, eta=0.2, repeat_rate=0.0, rescale="plain")
 SILENT = ("espa", "uspa", "vskip")                                         # W^Q = 0
 
 seeds = st.integers(0, 2**31 - 1)
@@ -28,11 +28,14 @@ forward = jax.jit(model.forward, static_argnums=3)
 states = jax.jit(report.states, static_argnums=3)
 
 
-@partial(jax.jit, static_argnums=3)
-def attention_stack(weights, constants, x, config):
+@partial(jax.jit, static_argnums=(3, 4))
+def attention_stack(weights, constants, x, config, part=model.attention):
     """Attention alone, layer after layer: x (T, d) -> (L, T, d)."""
-    step = lambda x, layer: (model.attention(x, *layer, config),) * 2
+    step = lambda x, layer: (part(x, *layer, config),) * 2
     return jax.lax.scan(step, x, (weights, constants))[1]
+
+
+block_stack = partial(attention_stack, part=model.block)
 
 
 def network(attn, seed, **changes):
@@ -108,11 +111,52 @@ def test_rotary_positions_leave_the_start_alone(attn, seed):
 @given(seeds)
 def test_orthogonal_weights(seed):
     """All singular values are max(sqrt(out/in), 1), to the rounding of a QR of n columns; attention's keys are random."""
-    blocks = init(jax.random.key(seed), SMALL, V)["blocks"]
-    for name, value in dict(value=1, output=1, up=2, down=1).items():
-        singular = np.linalg.svd(np.asarray(blocks[name], float), compute_uv=False)
-        assert np.allclose(singular, value, rtol=4 * D * EPS32), name
-    assert not np.any(blocks["query"])
+    for how, down in (("orthogonal", 1), ("looks_linear", 0.5**0.5)):      # half of the hidden units say nothing new: (1 - phi(-1)/phi(1)) = 1
+        blocks = init(jax.random.key(seed), replace(SMALL, init=how, act="relu", transform="none"), V)["blocks"]
+        for name, value in dict(value=1, output=1, up=2, down=down).items():
+            singular = np.linalg.svd(np.asarray(blocks[name], float), compute_uv=False)
+            assert np.allclose(singular, value, rtol=4 * D * EPS32), name
+        assert not np.any(blocks["query"])
+
+
+LINEAR = [("relu", "none"), ("leaky_relu", "tat"), ("leaky_relu", "dks"), ("gelu", "none"), ("silu", "none"), ("softplus", "none")]
+
+
+@given(st.sampled_from(LINEAR), seeds, st.floats(-2, 2))
+def test_an_mlp_that_looks_linear_is_a_rotation(act, seed, size):
+    """x -> x R, R R^T = 1, for tokens of any size, whatever the activation; and yet not a linear map for long: moved, it is none.
+
+    Rounding: a QR of d columns; sums of d and of 4 d terms, whose size is that of phi: softplus(0) = 0.7 where x is small.
+    """
+    config = Config(block="paper", depth=16, width=D, init="looks_linear", act=act[0], transform=act[1], zeta=1.2, repeat_rate=0.0)
+    weights = jax.tree.map(lambda leaf: leaf[seed % 16], init(jax.random.key(seed % 4), config, V)["blocks"])
+    f = jax.jit(model.mlp, static_argnums=2)
+    rotation = np.asarray(f(jnp.eye(D), weights, config), float)
+    tolerance = 4 * (3 * np.sqrt(D) + D) * EPS32
+    assert np.max(np.abs(rotation @ rotation.T - np.eye(D))) <= 2 * tolerance
+    x = 10**size * np.random.default_rng(seed).normal(size=(T, D)).astype(np.float32)
+    wrong = np.max(np.abs(f(x, weights, config) - x @ rotation))
+    assert wrong <= tolerance * 5 * (10**size + 2)
+    bent = {**weights, "down": weights["down"].at[0].add(1.0)}
+    bend = np.asarray(f(x, bent, config) + f(-x, bent, config), float) - np.asarray(f(0 * x, bent, config), float) * 2
+    assert np.max(np.abs(bend)) > 0.1 * 10**size * (1 - model.activation(config).slope if act[0] in ("relu", "leaky_relu") else 10**size / 100)
+
+
+@given(st.sampled_from(["espa", "uspa"]), seeds, st.floats(-3, 0), st.floats(0.05, 0.95))
+def test_whole_networks_that_look_linear_make_the_prescribed_kernels(attn, seed, gamma, rho):
+    """Blocks and all, at every depth and any width: Sigma_l as prescribed, by real blocks on orthonormal tokens; to rounding.
+
+    That of test_attention_alone, with the two products of an MLP, of d and 4 d terms, beside the three of attention.
+    """
+    config, params, _ = network(attn, seed % 8, init="looks_linear", act="relu", transform="none")
+    target = replace(config, gamma=10**gamma, rho=rho)
+    x = np.sqrt(D) * np.linalg.qr(np.random.default_rng(seed).normal(size=(D, D)))[0][:T].astype(np.float32)
+    after = np.asarray(block_stack(params["blocks"], model.constants(target), x, config), float)
+    schedule = spa.exponential_schedule(target.gamma, 4) if attn == "espa" else spa.uniform_schedule(rho, 4)
+    for layer, y in enumerate(after, 1):
+        sigma = (spa.exponential_kernel if attn == "espa" else spa.uniform_kernel)(schedule[layer], T)
+        tolerance = 4 * 2 * layer * (5 * np.sqrt(D) + np.sqrt(T) + np.log(T)) * EPS32
+        assert np.max(np.abs(y @ y.T / D - sigma)) <= tolerance
 
 
 # --- Whatever the parameters -----------------------------------------------------------------------------------------------
@@ -143,8 +187,9 @@ def test_permuting_the_batch_permutes_the_outputs(attn, seed, order):
 @pytest.mark.parametrize("block", BLOCKS)
 def test_bfloat16_stays_bfloat16(block, act, transform):
     """Every block and kind of activation keeps the dtype of what passes through it, and so do its gradients."""
+    transform = "none" if block == "preln" else transform                  # refused there: its sums have no fixed weights
     config = Config(block=block, act=act, transform=transform, depth=14, width=D, length=T, repeat_rate=0.1, dtype="bfloat16",
-                    zeta=1.1)
+                    zeta=1.1, init="orthogonal" if act == "tanh" else None)
     params = jax.eval_shape(lambda key: model.init(key, config, V), jax.random.key(0))
     constants = jax.eval_shape(lambda: model.constants(config))
     tokens = jax.ShapeDtypeStruct((2, T + 1), jnp.int32)
@@ -230,7 +275,7 @@ def steps_from_theory(width, samples, config):
     return (measured - theory) / (scale[..., :, None] * scale[..., None, :])
 
 
-REAL = Config(depth=14, width=16, heads=2, length=16, repeat_rate=0.02)     # the least depth, nearly, that reaches eta = 0.9
+REAL = Config(block="paper", depth=14, width=16, heads=2, length=16, repeat_rate=0.02)     # the least depth, nearly, that reaches eta = 0.9
 SAMPLES = 192
 
 
@@ -276,10 +321,10 @@ def test_the_error_falls_with_the_width_as_derived():
 @pytest.mark.parametrize("attn", ["espa", "uspa", "vskip"])
 def test_whole_networks_make_the_predicted_kernels(attn):
     """--rescale expected: over tokens that repeat with probability r, E Sigma_l is the prediction, mean squares of 1, at every
-    depth. With eta near 0 the MLPs are linear, and so is the mean; plain rescaling fails it.
+    depth. Where the MLPs look linear, so is the mean; plain rescaling fails it.
     """
     rate, samples = 1 / 4, 256
-    config = Config(depth=6, width=32, heads=4, length=T, attn=attn, eta=1e-6, repeat_rate=rate, gamma=0.05)
+    config = Config(depth=6, width=32, heads=4, length=T, attn=attn, repeat_rate=rate, gamma=0.05)
 
     def kernels(config):
         tokens = lambda key: jax.random.randint(jax.random.fold_in(key, 1), (T,), 0, 4)
@@ -297,16 +342,17 @@ def test_whole_networks_make_the_predicted_kernels(attn):
 # --- Backward ------------------------------------------------------------------------------------------------------------
 
 @lru_cache
-def deep_report(attn):
+def deep_report(attn, block):
     tokens, vocabulary = corpus()
-    config = Config(depth=36, attn=attn, length=32, repeat_rate=data.repeat_rate(data.count(tokens, vocabulary)))
+    config = Config(depth=36, block=block, attn=attn, length=32, repeat_rate=data.repeat_rate(data.count(tokens, vocabulary)))
     return report.report(config, data.spread_windows(tokens, 32, 2)[:, :-1], vocabulary)
 
 
-def test_gradients_and_kernels_survive_without_skips_and_norms():
-    """Depth 36, vanilla: with `espa` the signal survives, and gradients of different tokens stay different;
+@pytest.mark.parametrize("block", ["vanilla", "paper"])
+def test_gradients_and_kernels_survive_without_skips_and_norms(block):
+    """Depth 36: with `espa` the signal survives, and gradients of different tokens stay different;
     with softmax all tokens become one, and so do their gradients."""
-    espa, softmax, vanilla = deep_report("espa"), deep_report("softmax"), Config(depth=36)
+    espa, softmax, vanilla = deep_report("espa", block), deep_report("softmax", block), Config(depth=36, block=block)
     assert report.verdict(espa, vanilla) == "signal survives"
     assert report.verdict(softmax, vanilla).startswith("signal does not survive") and "effective rank" in report.verdict(softmax, vanilla)
     assert np.all(espa["gradient cosine"] < 0.5) and softmax["gradient cosine"][30] > 0.5
