@@ -22,9 +22,10 @@ sys.path.insert(0, str(HERE.parent))
 METRICS = HERE / "headline.jsonl"
 SHAPE = dict(depth=36, width=256, heads=4, length=256, batch=32, steps=300)
 CONTENDERS = {                                            # name: flags; "paper": the published initialisation and activation
-    "vanilla espa Muon": dict(block="vanilla", optimizer="muon"),
-    "vanilla espa AdamW": dict(block="vanilla", optimizer="adamw"),
-    "vanilla softmax Muon": dict(block="vanilla", attn="softmax"),
+    "vanilla espa Muon": dict(block="vanilla", orthogonality=0.0),
+    "vanilla espa Muon, pulled": dict(block="vanilla"),
+    "vanilla espa AdamW": dict(block="vanilla", optimizer="adamw", orthogonality=0.0),
+    "vanilla softmax Muon": dict(block="vanilla", attn="softmax", orthogonality=0.0),
     "paper espa Muon": dict(block="paper", optimizer="muon"),
     "paper espa AdamW": dict(block="paper"),
     "paper uspa AdamW": dict(block="paper", attn="uspa"),
@@ -46,6 +47,7 @@ def grid(rates, ends, qk=(1.0,)):
 # was at an edge, what lies beyond.
 TRIALS = {
     "vanilla espa Muon": grid((2e-4, 3.5e-4, 6e-4), (44.0,), (16.0, 48.0)) + [(3.5e-4, 128.0, 16.0), (3.5e-4, 16.0, 16.0), (3.5e-4, 44.0, 4.0)],
+    "vanilla espa Muon, pulled": grid((3.5e-4, 6e-4), (44.0,), (16.0, 32.0)),
     "vanilla espa AdamW": grid((5e-5, 1e-4, 2e-4), (64.0,), (8.0, 32.0)) + [(1e-4, 256.0, 16.0), (1e-4, 64.0, 2.0), (2e-4, 16.0, 16.0)],
     "vanilla softmax Muon": grid((2e-4, 3.5e-4), (44.0,), (1.0,)),
     "paper espa Muon": grid((2.5e-4, 5e-4, 1e-3), (1.0, 4.0, 16.0)),
@@ -134,13 +136,13 @@ def train_lanes(config, lanes, corpus, vocabulary, every=10, windows=512):
     from minitf import data, model, train
     *rates, seeds = zip(*lanes)
     rates = jnp.array(rates, jnp.float32)
-    config = replace(config, learning_rate=1.0, ends=1.0, qk=1.0)
-    optimizer, constants = train.make_optimizer(config), model.constants(config)
+    plain = replace(config, learning_rate=1.0, ends=1.0, qk=1.0, orthogonality=0.0)
+    optimizer, constants = train.make_optimizer(plain), model.constants(config)
 
     def step(params, state, batch, rates):
         value, gradient = jax.value_and_grad(train.loss)(params, constants, batch, config)
         updates, state = optimizer.update(gradient, state, params)
-        updates = jax.tree.map(jnp.multiply, updates, train.rates(updates, *rates))
+        updates = train.steer(updates, params, *rates, config.orthogonality)
         return optax.apply_updates(params, updates), state, value
 
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
@@ -162,38 +164,57 @@ def train_lanes(config, lanes, corpus, vocabulary, every=10, windows=512):
 # --- What came out ------------------------------------------------------------------------------------------------------
 
 def report():
-    """Replaces what follows TABLES in results.md, and draws headline.png from the runs whose losses were kept."""
+    """Replaces what follows TABLES in results.md, and draws headline.png."""
     runs = read_runs()
-    lines = []
-    for name in {run["name"]: None for run in runs}:
-        tuning = [run for run in runs if run["name"] == name and run["stage"] in ("tune", "beyond")]
-        ends = sorted({run["ends"] for run in tuning})
-        lines += [f"\n**{name}**, {tuning[0]['flags']['steps']} steps\n",
-                  "| blocks' rate | " + " | ".join(f"ends x {each:g}" for each in ends) + " |", "| --- |" + " --- |" * len(ends)]
-        for rate in sorted({run["learning_rate"] for run in tuning}):
-            cells = {run["ends"]: f"{run['held_out']:.3f} ({run['bits_per_byte']:.3f})" for run in tuning if run["learning_rate"] == rate}
-            lines.append(f"| {rate:.3g} | " + " | ".join(cells.get(each, "") for each in ends) + " |")
-    lines += ["\n**longer, and other seeds**\n", "| run | steps | blocks' rate, ends | seed | held out |", "| --- | --- | --- | --- | --- |"]
-    lines += [f"| {run['name']} | {run['flags']['steps']} | {run['learning_rate']:.3g} x {run['ends']:g} | {run['seed']} | "
-              f"{run['held_out']:.3f} ({run['bits_per_byte']:.3f}) |" for run in runs if run["stage"] in ("longer", "seeds")]
+    lines = ["", "| contender | trials | best: blocks' rate, ends, queries and keys | held out |", "| --- | --- | --- | --- |"]
+    trials = {name: [run for run in runs if run["stage"] == "tune" and run["name"] == name] for name in CONTENDERS}
+    trials = {name: tuning for name, tuning in trials.items() if tuning}
+    for name, tuning in trials.items():
+        best = next(run for run in tuning if (run["learning_rate"], run["ends"], run["qk"]) == tuned(name))
+        lines.append(f"| {name} | {len(tuning)} | {rates(best)} | {loss(best)} |")
+    lines += ["", "Other seeds, widths and lengths, at the best rates (divided by sqrt(2) at width 512):", "",
+              "| run | steps | width | seed | held out |", "| --- | --- | --- | --- | --- |"]
+    lines += [f"| {run['name']} | {run['flags']['steps']} | {run['flags']['width']} | {run['seed']} | {loss(run)} |"
+              for run in runs if run["stage"] != "tune"]
+    lines += ["", "Every trial, nats a token:", ""]
+    lines += [f"- {name}: " + "; ".join(f"{rates(run)}: {run['held_out']:.3f}" for run in tuning) for name, tuning in trials.items()]
     results = HERE / "results.md"
-    before = results.read_text().split(TABLES)[0]
-    results.write_text(before + TABLES + "\n" + "\n".join(lines) + "\n")
-    draw([run for run in runs if "at" in run and (run["stage"] != "tune" or (run["learning_rate"], run["ends"]) == tuned(run["name"]))])
+    results.write_text(results.read_text().split(TABLES)[0] + TABLES + "\n" + "\n".join(lines) + "\n")
+    draw([min(tuning, key=lambda run: (rates(run) != rates_of(tuned(name)), run["seed"])) for name, tuning in trials.items()])
 
 
 TABLES = "## All runs"
 
 
+def rates_of(trial):
+    return "{:.3g} x {:g}, {:g}".format(*trial)
+
+
+def rates(run):
+    return rates_of((run["learning_rate"], run["ends"], run["qk"]))
+
+
+def loss(run):
+    return f"{run['held_out']:.3f} ({run['bits_per_byte']:.3f})"
+
+
+DRAWN = {"vanilla espa Muon": "k-", "vanilla espa AdamW": "k--", "vanilla softmax Muon": "k:", "paper espa Muon": "C3-",
+         "paper espa AdamW": "C3--", "Pre-LN Muon": "C7-", "Pre-LN AdamW": "C7--"}
+
+
 def draw(runs):
+    """The best trial of each: its training losses where they were kept, and in any case where it ended, on held-out text."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for run, style in zip(runs, ("k-", "k--", "k:", "k-.")):
-        axes.plot(run["at"], run["loss"], style, label=f"{run['name']}, {run['flags']['steps']} steps: held out {run['held_out']:.3f}")
-    axes.set(xlabel="step", ylabel="training loss, nats a token", ylim=(2.4, 6),
-             title="36 blocks, width 256, Python source: no skips and no norms (vanilla)\nbeside the standard transformer (Pre-LN)")
+    figure, axes = pyplot.subplots(figsize=(7.5, 4.8), layout="constrained")
+    for run in sorted((run for run in runs if run["name"] in DRAWN), key=lambda run: run["held_out"]):
+        style = DRAWN[run["name"]]
+        axes.plot(run.get("at", []), run.get("loss", []), style, label=f"{run['name']}: {run['held_out']:.3f}")
+        axes.plot(run["flags"]["steps"], run["held_out"], style.strip("-.:") + "o", ms=4)
+    axes.set(xlabel="step", ylabel="nats a token: training (lines), held out (dots)", ylim=(2.4, 6),
+             title="36 blocks, width 256, Python source. vanilla: no skips, no norms.\npaper: the same, with the published initialisation. "
+             "Pre-LN: the standard transformer")
     axes.legend()
     figure.savefig(HERE / "headline.png", dpi=110)
 

@@ -6,16 +6,16 @@ from typing import get_args
 from . import activations
 from .errors import require
 
-# What a kind of block brings along; any flag given beside it wins.
+# What a kind of block brings along; any flag given beside it wins. paper: vanilla as He et al. have it.
 BLOCKS = {
     "vanilla": dict(attn="espa", alpha=0.0, beta=1.0, norm="none", act="relu", transform="none",
-                    init="looks_linear", optimizer="muon"),
+                    init="looks_linear", optimizer="muon", orthogonality=0.2),
     "paper": dict(attn="espa", alpha=0.0, beta=1.0, norm="none", act="leaky_relu", transform="tat",
-                  init="orthogonal", optimizer="adamw"),
+                  init="orthogonal", optimizer="adamw", orthogonality=0.0),
     "weighted": dict(attn="espa", alpha=0.98, beta=sqrt(1 - 0.98**2), norm="none", act="relu", transform="none",
-                     init="orthogonal", optimizer="muon"),
+                     init="orthogonal", optimizer="muon", orthogonality=0.0),
     "preln": dict(attn="softmax", alpha=1.0, beta=1.0, norm="layer", act="gelu", transform="none",
-                  init="gaussian", optimizer="adamw"),
+                  init="gaussian", optimizer="adamw", orthogonality=0.0),
 }
 
 
@@ -35,7 +35,8 @@ class Config:
     width: int = flag(64, "features of a token (d)", low=1)
     heads: int = flag(4, "attention heads", low=1)
     length: int = flag(64, "tokens of context (T)", low=2)
-    block: str = flag("vanilla", "no skips and no norms, ours or as in the paper; weighted skips, no norms; or the standard transformer", *BLOCKS)
+    block: str = flag("vanilla", "no skips and no norms; the same as published; weighted skips, no norms; or the standard "
+                      "transformer", *BLOCKS)
     attn: str | None = flag(None, "attention", "softmax", "vskip", "uspa", "espa")
     gamma: float = flag(0.2, "espa: the last kernel's decay, gamma_L", above=0)
     rho: float = flag(0.8, "uspa: the last kernel's correlation, rho_L", above=0, below=1)
@@ -58,10 +59,12 @@ class Config:
     optimizer: str | None = flag(None, "optimizer", "muon", "adamw")
     learning_rate: float | None = flag(None, "peak learning rate; default: what suits block, optimizer and size",
                                        above=0)
-    ends: float | None = flag(None, "learning rate of embeddings and head, as a multiple of the blocks'; default: tuned, too", above=0)
-    qk: float | None = flag(None, "learning rate of queries and keys, as a multiple of the blocks'; default: tuned, too", above=0)
+    ends: float | None = flag(None, "multiplies it for embeddings and head; default: likewise", above=0)
+    qk: float | None = flag(None, "multiplies it for queries and keys; default: likewise", above=0)
     warmup: int | None = flag(None, "steps of linear warm-up; default: a twentieth of the steps", low=0)
     weight_decay: float = flag(0.0, "decoupled weight decay of matrices", low=0)
+    orthogonality: float | None = flag(None, "share by which a step brings the matrices but queries' and keys' back to orthogonal "
+                                       "ones; default: 0.2 for vanilla, else 0", low=0, high=1)
     dtype: str | None = flag(None, "arithmetic; default: bfloat16 on an accelerator, float32 on a CPU",
                              "float32", "bfloat16")
     remat: bool = flag(False, "compute activations again in the backward pass, block by block: less memory, more time")
@@ -140,12 +143,12 @@ def validate(configuration, each):
         require(fine, f"{name} must be {allowed or 'finite'}, not {value}")
 
 
-# Tuned at depth 36 and width 64: the blocks' peak learning rate, its multiple for embeddings and head, for queries and keys.
+# Tuned at depth 36 and width 64: learning_rate, ends, qk. Those of paper, and of weighted with adamw, with one rate for all.
 RATES = {
-    "vanilla": dict(muon=(5e-4, 8.0, 8.0), adamw=(1e-4, 64.0, 16.0)),
+    "vanilla": dict(muon=(4e-4, 32.0, 16.0), adamw=(1.5e-4, 64.0, 16.0)),
     "paper": dict(muon=(1e-3, 1.0, 1.0), adamw=(3e-4, 1.0, 1.0)),
-    "weighted": dict(muon=(4e-3, 1.0, 1.0), adamw=(2e-3, 1.0, 1.0)),
-    "preln": dict(muon=(8e-3, 1.0, 1.0), adamw=(4e-3, 1.0, 1.0)),
+    "weighted": dict(muon=(2e-3, 8.0, 4.0), adamw=(2e-3, 1.0, 1.0)),
+    "preln": dict(muon=(8e-3, 16.0, 1.0), adamw=(2e-3, 16.0, 1.0)),
 }
 
 

@@ -21,11 +21,11 @@ def describe(config, params, corpus, out):
     print(f"model       {config.depth} blocks, width {config.width}, {config.heads} heads, {skips}, {norms}: "
           f"{count:,} parameters\n"
           f"attention   {config.attn}{target}{rescale}, positions {config.position}\n"
-          f"activation  {phi.name}, {shape}, transform {config.transform}\n"
+          f"activation  {phi.name}, {shape}, transform {config.transform}; init {config.init}\n"
           f"data        {len(corpus.train):,} tokens of {corpus.encoding.n_vocab:,}, r = {config.repeat_rate:.4f}; "
           f"held out {len(corpus.held_out):,}\n"
-          f"training    {config.steps} steps of {config.batch} x {config.length} tokens, {config.optimizer} at "
-          f"{config.learning_rate:.3g}, {model.compute_dtype(config)} on {jax.devices()[0].device_kind}; {out}")
+          f"training    {config.steps} steps of {config.batch} x {config.length} tokens, {config.optimizer} at {config.learning_rate:.3g} "
+          f"(ends x {config.ends:g}, queries and keys x {config.qk:g}), {model.compute_dtype(config)} on {jax.devices()[0].device_kind}; {out}")
 
 
 class Progress:

@@ -11,7 +11,8 @@ from optax.contrib import MuonDimensionNumbers, muon
 from . import model
 from .errors import require
 
-MATRICES = ("query", "key", "value", "output", "up", "down")
+CHAIN = ("value", "output", "up", "down")                   # the matrices whose product a signal passes without skips
+MATRICES = ("query", "key", *CHAIN)
 
 
 def loss(params, constants, batch, config):
@@ -67,20 +68,32 @@ def make_optimizer(config):
         dimensions = lambda params: jax.tree.map(lambda matrix: stacked if matrix else None, is_matrix(params))
         optimizer = muon(schedule, weight_decay=config.weight_decay, adam_b2=0.95, consistent_rms=0.2,
                          muon_weight_dimension_numbers=dimensions)
-    scale = optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, rates(updates, 1.0, config.ends, config.qk)))
-    return optax.chain(optax.clip_by_global_norm(1.0), optimizer, scale)
+    last = lambda updates, params: steer(updates, params, 1.0, config.ends, config.qk, config.orthogonality)
+    return optax.chain(optax.clip_by_global_norm(1.0), optimizer, optax.stateless(last))
 
 
-def rates(params, blocks, ends, qk):
-    """A learning rate for each parameter: `blocks`, or that times `ends` or `qk`.
+def steer(updates, params, rate, ends, qk, orthogonality):
+    """The optimizer's updates times `rate`, and times `ends` or `qk` where these apply, with a pull toward orthogonal matrices.
 
     What limits the rate of blocks is that the changes of all of them add up. Embeddings and head stand once in the network,
     and queries and keys not in the product of matrices that a signal passes: they may learn faster.
     """
-    def rate(path, _):
-        return blocks * (ends if path[0].key != "blocks" else qk if path[-1].key in ("query", "key") else 1.0)
+    def one(path, update, w):
+        name, inside = path[-1].key, path[0].key == "blocks"
+        update = update * (rate * (ends if not inside else qk if name in ("query", "key") else 1.0))
+        return update + orthogonality * to_orthogonal(w) if orthogonality and name in CHAIN else update
 
-    return jax.tree_util.tree_map_with_path(rate, params)
+    return jax.tree_util.tree_map_with_path(one, updates, params)
+
+
+def to_orthogonal(w):
+    """From matrices (L, in, out) nearly c Q, Q orthogonal, to it: (1 - W W^T / c^2) W / 2, a Newton-Schulz step; c^2 is the
+    mean of their squared singular values. Training spreads these, and a chain without skips multiplies the spreads.
+    """
+    tall = w.shape[1] > w.shape[2]
+    gram = jnp.einsum("lij,lik->ljk" if tall else "lji,lki->ljk", w, w)
+    off = jnp.eye(gram.shape[-1]) - gram * (gram.shape[-1] / jnp.trace(gram, axis1=1, axis2=2))[:, None, None]
+    return (w @ off if tall else off @ w) / 2
 
 
 @partial(jax.jit, static_argnames="config", donate_argnums=(0, 1))

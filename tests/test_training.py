@@ -1,5 +1,8 @@
 """Data and training: every token once an epoch, losses that fall, and the same ones for the same seed, to the last bit."""
+from dataclasses import replace
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -48,3 +51,36 @@ def test_loss_falls(flags):
 
 def test_the_same_seed_gives_the_same_losses_to_the_last_bit():
     assert losses(5) == losses(5) != losses(5, seed=1)
+
+
+@given(st.integers(1, 3), st.integers(1, 12), st.integers(1, 12), st.floats(0.01, 100), st.floats(0, 0.5), st.integers(0, 2**31 - 1))
+def test_a_step_to_orthogonal_maps_each_singular_value(layers, fan_in, fan_out, size, spread, seed):
+    """s -> s + s (1 - s^2 / c^2) / 2 with c^2 = mean s^2, singular vectors kept: by an SVD in float64.
+
+    Rounding: products of at most 12 terms, of matrices whose entries are below their largest singular value.
+    """
+    rng, n = np.random.default_rng(seed), min(fan_in, fan_out)
+    u, _, vt = np.linalg.svd(rng.normal(size=(layers, fan_in, fan_out)), full_matrices=False)
+    s = size * rng.uniform(1 - spread, 1 + spread, (layers, n))
+    w = np.float32(u * s[:, None] @ vt)
+    moved = s * (1 - s**2 / np.mean(s**2, 1, keepdims=True)) / 2
+    wrong = np.abs(train.to_orthogonal(jnp.asarray(w)) - u * moved[:, None] @ vt)
+    assert np.max(wrong) <= 4 * 3 * 12 * np.finfo(np.float32).eps * s.max() * (s.max() / s.mean())**2
+
+
+def test_each_parameter_moves_at_its_own_rate():
+    """A step from the same gradient with other multiples: exactly these parameters move so many times as far."""
+    config = Config(**SHAPE, repeat_rate=0.012, ends=1.0, qk=1.0, orthogonality=0.0, warmup=0, optimizer="adamw")
+    params = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(1), leaf.shape),
+                          model.init(jax.random.key(0), config, 50))
+    gradient = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(leaf.size), leaf.shape), params)
+
+    def moves(**flags):
+        optimizer = train.make_optimizer(replace(config, **flags))
+        return dict(train.named_leaves(optimizer.update(gradient, optimizer.init(params), params)[0]))
+
+    plain, other, pulled = moves(), moves(ends=3.0, qk=5.0), moves(orthogonality=0.5)      # by 0.5 x 0.1 or so, the steps by 0.001
+    for name, move in plain.items():
+        factor = {"embed": 3, "head": 3, "blocks/query": 5, "blocks/key": 5}.get(name, 1)
+        assert np.any(move) and np.allclose(other[name], factor * move, rtol=1e-6, atol=0), name
+        assert (np.max(np.abs(pulled[name] - move)) > 0.01) == (name.split("/")[-1] in train.CHAIN), name
