@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from run import make_parser                                                    # noqa: E402
+from run import keep_freed_memory, make_parser                                 # noqa: E402
 
 import jax                                                                     # noqa: E402
 import jax.numpy as jnp                                                        # noqa: E402
@@ -30,6 +30,7 @@ def main():
     vocabulary, timed = flags.pop("vocabulary"), flags.pop("timed")
     config = config_class(**{"repeat_rate": 0.01, **{k: v for k, v in flags.items() if k in config_class.__dataclass_fields__}})
 
+    keep_freed_memory()
     started = time.perf_counter()
     constants = model.constants(config)
     seconds_constants = time.perf_counter() - started

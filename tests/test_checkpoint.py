@@ -22,7 +22,7 @@ import minitf
 from minitf import checkpoint, data
 
 ROOT = Path(__file__).parents[1]
-TINY = ("--depth 2 --width 8 --heads 2 --length 8 --batch 2 --steps 400 --save-every 20 --attn softmax --act tanh "
+TINY = ("--depth 2 --width 8 --heads 2 --length 8 --batch 2 --steps 400 --save-every 20 --attn softmax --act tanh --init orthogonal --transform tat "
         "--tau 0.05 --position none").split()
 PHASES = ["write", "flush", "before rename", "after rename", "before removing", "metrics"]
 

@@ -18,7 +18,7 @@ forward = jax.jit(forward, static_argnames="config")
 @lru_cache
 def make(**flags):
     """(params, constants, config) of a tiny network, moved away from its initialisation in every parameter."""
-    config = Config(**{**dict(depth=2, width=8, heads=2, length=6, act="tanh", transform="none", norm="rms", alpha=0.6,
+    config = Config(**{**dict(depth=2, width=8, heads=2, length=6, act="tanh", transform="none", init="orthogonal", norm="rms", alpha=0.6,
                               repeat_rate=0.1, dtype="float32"), **flags})
     params = jax.jit(init, static_argnums=(1, 2))(jax.random.key(config.seed), config, VOCABULARY)
     leaves, structure = jax.tree.flatten(params)

@@ -41,7 +41,7 @@ def refusal(arguments, capsys):
 def saved(tmp_path_factory):
     """A folder with one small checkpoint, made without training."""
     folder = tmp_path_factory.mktemp("saved")
-    config = Config(depth=1, width=4, heads=1, length=4, attn="softmax", position="none", act="tanh",
+    config = Config(depth=1, width=4, heads=1, length=4, attn="softmax", position="none", act="tanh", init="orthogonal", transform="tat",
                     repeat_rate=0.1, optimizer="adamw")
     encoding = data.load_encoding(str(RANKS))
     params = jax.jit(model.init, static_argnums=(1, 2))(jax.random.key(0), config, encoding.n_vocab)

@@ -27,7 +27,7 @@ sys.modules["prepare"] = prepare                          # where processes look
 
 TEXT = (ROOT / "data/shakespeare.txt").read_text()
 WORDS = st.text(st.sampled_from("ab <|>\n\t= é🎭\0"), max_size=30) | st.sampled_from(["<|endoftext|>", " = A = \n", "To be"])
-TINY = "--depth 2 --width 8 --heads 2 --length 8 --batch 2 --steps 2 --attn softmax --act tanh --tau 0.05".split()
+TINY = "--depth 2 --width 8 --heads 2 --length 8 --batch 2 --steps 2 --attn softmax --act tanh --init orthogonal --transform tat --tau 0.05".split()
 
 
 def documents(folder, part=None):

@@ -226,7 +226,7 @@ def test_uniform_attention_from_the_repeats_on_needs_no_correction(depth, rho, l
 @given(st.sampled_from(["espa", "uspa"]), gammas, rhos, repeat_rates, lengths)
 def test_the_constants_hold_repeats_down(attn, gamma, rho, r, length):
     """In the first layer n^2 = 1 - r + r rowsum^2 for any A that takes I to a unit diagonal: D = rowsum / n."""
-    config = Config(depth=2, attn=attn, gamma=gamma, rho=rho, repeat_rate=r, length=length, eta=0.1, position="none")
+    config = Config(depth=2, attn=attn, gamma=gamma, rho=rho, repeat_rate=r, length=length, position="none")
     rowsum = np.exp(model.log_attentions(config, length)[0]).sum(-1)
     rescale = np.asarray(model.constants(config)["rescale"][0])
     assert np.allclose(rescale, rowsum / np.sqrt(1 - r + r * rowsum**2), rtol=4 * EPS32)
