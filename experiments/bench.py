@@ -1,14 +1,18 @@
 """Times real training steps (gradients, clipping, optimizer, feeding) and prints one line of JSON.
 
-    python experiments/bench.py [--vocabulary 50304] [--timed 20] [any flag of run.py that shapes the model]
+    python experiments/bench.py [--vocabulary 50304] [--timed 20] [--kernels 30] [any flag of run.py that shapes the model]
 
 Tokens are random: only the speed means anything. A model's floating-point operations a token are counted as 6 for each
 weight of a matrix product (2 forward, 4 backward) and 6 depth length width for causal attention; what is reached is
-compared with the rate of one large matrix product in the same arithmetic, measured in the same run.
+compared with the rate of one large matrix product in the same arithmetic, measured in the same run. --kernels N adds the
+N kinds of kernel that take most of a step, in ms, from a profile of five more steps.
 """
 import json
+import re
 import sys
+import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +30,9 @@ def main():
     parser, config_class = make_parser()
     parser.add_argument("--vocabulary", type=int, default=50304)
     parser.add_argument("--timed", type=int, default=20)
+    parser.add_argument("--kernels", type=int, default=0)
     flags = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
-    vocabulary, timed = flags.pop("vocabulary"), flags.pop("timed")
+    vocabulary, timed, kernels = (flags.pop(name) for name in ("vocabulary", "timed", "kernels"))
     config = config_class(**{"repeat_rate": 0.01, **{k: v for k, v in flags.items() if k in config_class.__dataclass_fields__}})
 
     keep_freed_memory()
@@ -61,7 +66,20 @@ def main():
         "batch": config.batch, "ms_per_step": round(1e3 * seconds / timed, 2), "tokens_per_second": round(rate),
         "utilisation": round(rate * work / peak, 3), "product_tflops": round(peak / 1e12, 2), "loss": round(loss, 3),
         "seconds_constants": round(seconds_constants, 2), "seconds_first_step": round(first, 2),
-        "peak_gib": round(memory / 2**30, 2)}))
+        "peak_gib": round(memory / 2**30, 2)} | ({"kernels": profile(lambda: steps(4 + timed, 5), 5, kernels)} if kernels else {})))
+
+
+def profile(run, steps, most):
+    """{kind of kernel: ms a step}, the `most` largest and all together, of `steps` steps that `run` does."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            run()
+        trace = jax.profiler.ProfileData.from_file(str(next(Path(folder).rglob("*.xplane.pb"))))
+    total = Counter()
+    for line in (line for plane in trace.planes if "GPU" in plane.name for line in plane.lines if "Stream" in line.name):
+        for event in line.events:
+            total[re.sub(r"[._]?\d+$", "", event.name)[:60]] += event.duration_ns / 1e6 / steps
+    return {"all": round(total.total(), 2)} | {name: round(ms, 2) for name, ms in total.most_common(most)}
 
 
 def product_rate(dtype):

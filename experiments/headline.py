@@ -62,7 +62,8 @@ TRIALS = {
     "Pre-LN AdamW": grid((1e-3, 2e-3, 4e-3), (1.0, 4.0, 16.0)) + [(5e-4, 16.0, 1.0), (5e-4, 64.0, 1.0), (1e-3, 64.0, 1.0), (1e-3, 16.0, 4.0)],
 }
 
-LONGER = {"vanilla espa Muon": (1.3, 4), "Pre-LN Muon": (4,), "vanilla espa AdamW": (2, 5)}     # times the steps
+LONGER = {"vanilla espa Muon": (1.3, 4), "vanilla espa Muon, pulled": (1.3, 4), "Pre-LN Muon": (4,), "vanilla espa AdamW": (2,),
+          "paper espa AdamW": (2, 5)}                     # times the steps
 
 
 # --- Stages: which runs there are ---------------------------------------------------------------------------------------

@@ -47,8 +47,9 @@ class Activation:
 
     def __call__(self, x):
         """In the network: any shape, elementwise, in x's own dtype."""
-        if self.name in SLOPES:                          # a positive input scale would be an output scale
-            return self.output_scale * (leaky(x, self.slope) + self.output_shift)
+        if self.name in SLOPES:                          # scaled before it bends: a GPU's matrix product can do both
+            y = leaky(self.output_scale * x, self.slope)
+            return y + self.output_scale * self.output_shift if self.output_shift else y
         smooth = jax.checkpoint(SMOOTH[self.name][1])        # the backward pass keeps its input, not its many steps
         return self.output_scale * (smooth(self.input_scale * x + self.input_shift) + self.output_shift)
 
@@ -70,7 +71,7 @@ class Activation:
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def leaky(x, slope):
     """max(x, slope x) for 0 <= slope <= 1. Its own gradient: the sign is known from the output, nothing else is kept."""
-    return jnp.maximum(x, slope * x)
+    return jnp.maximum(x, slope * x if slope else 0)
 
 
 leaky.defvjp(lambda x, slope: (leaky(x, slope),) * 2,
