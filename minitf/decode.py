@@ -39,10 +39,10 @@ def block(x, cache, weights, constants, layer, start, config):
     constants: bias (S, T) or decay (3,), and rescale (S,). The cache is that of all layers, changed in place.
     """
     weights = jax.tree.map(lambda w: w.astype(x.dtype), weights)
-    q, k, v = model.project(model.norm(x, weights, "norm1", config), weights, config, start)
+    q, k, v = model.heads(model.project(model.norm(x, weights, "norm1", config), weights, config), config, start)
     cache = {name: jax.lax.dynamic_update_slice(cache[name], new[None], (layer, start, 0, 0))
              for name, new in (("k", k), ("v", v))}
-    attended = model.attend(q, cache["k"][layer], cache["v"][layer], **constants, start=start)
+    attended = model.softmax_attention(q, cache["k"][layer], cache["v"][layer], **constants, start=start)
     x = model.skip(x, model.merge(v, attended, weights, config), config)
     return model.skip(x, model.mlp(model.norm(x, weights, "norm2", config), weights, config), config), cache
 

@@ -1,8 +1,11 @@
-"""Exponential signal-preserving attention without a T x T array: a kernel for NVIDIA GPUs, in Pallas.
+"""Exponential signal-preserving attention without a T x T array: kernels for NVIDIA GPUs, in Pallas.
 
 A row of log A, less a constant of the row, is a decay with distance, -slope |i - j|, and two exceptions: the first key
 and the own one (spa.exponential_decay). So the bias is made where it is used, and memory is O(T). The decay also says
 which keys are too far away to be seen in float32, whatever their logits: those are not visited (`reach`).
+
+Queries, keys and values come as the one array that a matrix product made, and their gradients go back as one: they are
+turned by their positions here, so that nothing but the kernels reads or writes them.
 
 model.attend is the specification; the tests hold both equal, forward and gradients. Blocks and the recomputation of
 the backward pass follow FlashAttention-2 (Dao 2023, arXiv 2307.08691). Logarithms are to base 2 in here.
@@ -25,173 +28,213 @@ LOG2E = float(np.log2(np.e))
 UNSEEN = 24.0                                             # a weight of 2**-24 is half a unit of float32's last place
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def attend(q, k, v, decay, rescale, interpret=False):
-    """D softmax(mask(Q K^T / sqrt(d_k) + B)) V: q, k, v (B, T, H, k), decay (3,) and rescale D (T,) -> as q.
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def attend(qkv, angles, decay, rescale, interpret=False):
+    """D softmax(mask(Q K^T / sqrt(d_k) + B)) V, Q and K turned: qkv (B, T, 3, H, k) -> (B, T, H, k); differentiable in qkv.
 
-    Differentiable in q, k, v. `interpret` runs it anywhere, slowly: for tests.
+    angles (2, T, k/2): cos and sin by which features i and i + k/2 turn. decay (3,) makes B; rescale (T,) is D.
+    `interpret` runs it anywhere, slowly: for tests.
     """
-    return forward(q, k, v, decay, rescale, interpret)[0]
+    return forward(qkv, angles, decay, rescale, interpret)[0]
 
 
-def reach(q, k, decay):
+def reach(qkv, decay):
     """How many tokens back a key can weigh 2**-24 of a row or more, at most: (B, H) of int32.
 
     Key j has at most exp(2 M - slope (i - j)) times the weight of the own one, where |logits| <= M = |q| |k| / sqrt(d_k)
     for the longest query and key; all those further back than n have together exp(2 M - slope n) / (1 - exp(-slope)).
     """
-    longest = lambda x: jnp.sqrt(jnp.max(jnp.sum(jnp.square(x.astype(jnp.float32)), -1), 1))    # (B, H)
+    squares = jnp.max(jnp.sum(jnp.square(qkv[:, :, :2].astype(jnp.float32)), -1), 1)        # (B, 2, H)
     slope, first, _ = decay
-    logits = 2 * longest(q) * longest(k) / np.sqrt(q.shape[-1])
+    logits = 2 * jnp.sqrt(squares[:, 0]) * jnp.sqrt(squares[:, 1]) / np.sqrt(qkv.shape[-1])
     tail = jnp.logaddexp(-jnp.log(-jnp.expm1(-slope)), first)
     return jnp.minimum((logits + tail + UNSEEN / LOG2E) / slope + 1, 2.0**30).astype(jnp.int32)
 
 
-def logits(x, y, begin, keys, decay_ref, scale, masked):
-    """Blocks of queries x, from position `begin`, and keys y at positions `keys` -> logits to base 2, with B + slope (i - begin)."""
+# --- The kernels: one block of positions of one head. qkv_ref is (T, 3, k), angles_ref (2, T, k/2), all others (T, ...) -----
+
+QUERY, KEY, VALUE = range(3)
+
+
+def turned(qkv_ref, which, here, angles_ref):
+    """Queries or keys at positions `here` -> their first and second halves, each (n, k/2), turned."""
+    half = qkv_ref.shape[-1] // 2
+    a, b = (qkv_ref[here, which, pl.ds(start, half)].astype(jnp.float32) for start in (0, half))
+    cos, sin = (angles_ref[i, here, :].astype(jnp.float32) for i in (0, 1))
+    return (a * cos - b * sin).astype(qkv_ref.dtype), (a * sin + b * cos).astype(qkv_ref.dtype)
+
+
+def turn_back(gradients, here, angles_ref):
+    """What `turned` does to a gradient of its result."""
+    a, b = gradients
+    cos, sin = (angles_ref[i, here, :].astype(jnp.float32) for i in (0, 1))
+    return a * cos + b * sin, b * cos - a * sin
+
+
+def dot(x, y):
+    """Sums of products over the last axes of both, in float32."""
+    return jnp.dot(x, y.T, preferred_element_type=jnp.float32)
+
+
+def logits(q, k, begin, keys, decay_ref, scale, masked):
+    """Blocks of queries from position `begin` and of keys at positions `keys` -> logits to base 2, with B + slope (i - begin)."""
     slope, first, own = decay_ref[0], decay_ref[1], decay_ref[2]
     bias = slope * (keys - begin).astype(jnp.float32) + jnp.where(keys == 0, first, 0.0)
-    z = jnp.dot(x, y.T, preferred_element_type=jnp.float32) * scale + bias[None, :]
+    z = (dot(q[0], k[0]) + dot(q[1], k[1])) * scale + bias[None, :]
     if masked:
-        lag = (begin + jnp.arange(len(x)))[:, None] - keys[None, :]
+        lag = (begin + jnp.arange(len(q[0])))[:, None] - keys[None, :]
         z = jnp.where(lag > 0, z, jnp.where(lag == 0, z + own, -jnp.inf))
     return z
 
 
-def forward_kernel(decay_ref, reach_ref, rescale_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, *, scale):
+def forward_kernel(decay_ref, reach_ref, rescale_ref, angles_ref, qkv_ref, out_ref, lse_ref, *, scale):
     """One block of queries: out, and the log of the sum of the row's weights, relative to the own key's distance 0."""
-    size, block = q_ref.shape[0], BLOCK
+    size, block = out_ref.shape[0], BLOCK
     begin = pl.program_id(0) * size
-    q = q_ref[...]
+    q = turned(qkv_ref, QUERY, pl.ds(begin, size), angles_ref)
 
     def step(masked, number, carry):
         out, top, total = carry
         here = pl.ds(number * block, block)
-        z = logits(q, k_ref[here, :], begin, number * block + jnp.arange(block), decay_ref, scale, masked)
+        k, keys = turned(qkv_ref, KEY, here, angles_ref), number * block + jnp.arange(block)
+        z = logits(q, k, begin, keys, decay_ref, scale, masked)
         new = jnp.maximum(top, jnp.max(z, 1))
         weights, shrink = jnp.exp2(z - new[:, None]), jnp.exp2(top - new)
-        v = v_ref[here, :]
+        v = qkv_ref[here, VALUE, :]
         out = out * shrink[:, None] + jnp.dot(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
         return out, new, total * shrink + jnp.sum(weights, 1)
 
     # The diagonal first: every row then has a finite largest logit.
-    carry = jnp.zeros(q.shape, jnp.float32), jnp.full(size, -jnp.inf), jnp.zeros(size, jnp.float32)
+    carry = jnp.zeros(out_ref.shape, jnp.float32), jnp.full(size, -jnp.inf), jnp.zeros(size, jnp.float32)
     diagonal = begin // block
     carry = jax.lax.fori_loop(diagonal, diagonal + size // block, partial(step, True), carry)
     farthest = jnp.maximum(begin - reach_ref[0], 0) // block
     out, top, total = jax.lax.fori_loop(farthest, diagonal, partial(step, False), carry)
-    out_ref[...] = (out * (rescale_ref[...] / total)[:, None]).astype(out_ref.dtype)
+    out_ref[...] = (out * (rescale_ref[pl.ds(begin, size)] / total)[:, None]).astype(out_ref.dtype)
     lse_ref[...] = top + jnp.log2(total) - decay_ref[0] * jnp.arange(size).astype(jnp.float32)
 
 
-def key_kernel(decay_ref, reach_ref, rescale_ref, lse_ref, dot_ref, q_ref, k_ref, v_ref, g_ref, dk_ref, dv_ref, *, scale):
-    """One block of keys: the gradients of keys and values, over all blocks of queries that can see it."""
-    block, count = BLOCK, q_ref.shape[0] // BLOCK
-    number = pl.program_id(0)
-    keys, k, v = number * block + jnp.arange(block), k_ref[...], v_ref[...]
+def backward_kernel(decay_ref, reach_ref, rescale_ref, angles_ref, lse_ref, dot_ref, qkv_ref, g_ref, d_ref, *, scale):
+    """The gradients of one block of positions: as keys and values, over the blocks of queries that can see it; as queries,
+    over the blocks of keys that they can see. lse and dot (the sum of g times out, without D) are of queries.
+    """
+    block, count, number = BLOCK, qkv_ref.shape[0] // BLOCK, pl.program_id(0)
 
-    def step(masked, other, carry):
-        dk, dv = carry
+    def queries(other):
+        """(their block's first position, q, gradient of what they attended to, lse, dot)"""
         here = pl.ds(other * block, block)
-        q = q_ref[here, :]
-        g = (g_ref[here, :] * rescale_ref[here][:, None]).astype(q.dtype)
-        weights, dz = backward(q, k, v, g, other * block, keys, lse_ref[here], dot_ref[here], decay_ref, scale, masked)
-        return (dk + jnp.dot(dz.T, q, preferred_element_type=jnp.float32),
-                dv + jnp.dot(weights.T, g, preferred_element_type=jnp.float32))
+        g = (g_ref[here, :] * rescale_ref[here][:, None]).astype(g_ref.dtype)
+        lse = lse_ref[here] + decay_ref[0] * jnp.arange(block).astype(jnp.float32)
+        return other * block, turned(qkv_ref, QUERY, here, angles_ref), g, lse, dot_ref[here]
 
-    carry = step(True, number, (jnp.zeros(k.shape, jnp.float32),) * 2)
+    def keys(other):
+        """(positions, k, v)"""
+        here = pl.ds(other * block, block)
+        return other * block + jnp.arange(block), turned(qkv_ref, KEY, here, angles_ref), qkv_ref[here, VALUE, :]
+
+    def pair(masked, of_queries, of_keys):
+        """(P, the gradient of the logits) of two blocks."""
+        begin, q, g, lse, inner = of_queries
+        positions, k, v = of_keys
+        weights = jnp.exp2(logits(q, k, begin, positions, decay_ref, scale, masked) - lse[:, None])
+        dz = weights * (dot(g, v) - inner[:, None])
+        return weights.astype(v.dtype), dz.astype(v.dtype)
+
+    def to_keys(masked, of_keys, other, gradients):
+        """The gradients of keys (in halves) and values, with what one block of queries adds to them."""
+        dk0, dk1, dv = gradients
+        of_queries = queries(other)
+        weights, dz = pair(masked, of_queries, of_keys)
+        _, (q0, q1), g, *_ = of_queries
+        return dk0 + dot(dz.T, q0.T), dk1 + dot(dz.T, q1.T), dv + dot(weights.T, g.T)
+
+    def to_queries(masked, of_queries, other, gradients):
+        """Those of queries, with what one block of keys adds."""
+        dq0, dq1 = gradients
+        of_keys = keys(other)
+        _, dz = pair(masked, of_queries, of_keys)
+        _, (k0, k1), _ = of_keys
+        return dq0 + dot(dz, k0.T), dq1 + dot(dz, k1.T)
+
+    here, half = pl.ds(number * block, block), qkv_ref.shape[-1] // 2
+    zeros = jnp.zeros((block, half), jnp.float32)
+    own = keys(number)
     last = jnp.minimum((number * block + block - 1 + reach_ref[0]) // block + 1, count)
-    dk, dv = jax.lax.fori_loop(number + 1, last, partial(step, False), carry)
-    dk_ref[...], dv_ref[...] = (dk * (scale / LOG2E)).astype(dk_ref.dtype), dv.astype(dv_ref.dtype)
+    gradients = to_keys(True, own, number, (zeros, zeros, jnp.zeros((block, 2 * half), jnp.float32)))
+    *dk, dv = jax.lax.fori_loop(number + 1, last, partial(to_keys, False, own), gradients)
+    d_ref[:, VALUE, :] = dv.astype(d_ref.dtype)
+    own = queries(number)
+    farthest = jnp.maximum(number * block - reach_ref[0], 0) // block
+    gradients = to_queries(True, own, number, (zeros, zeros))
+    dq = jax.lax.fori_loop(farthest, number, partial(to_queries, False, own), gradients)
+    for which, gradients in ((QUERY, dq), (KEY, dk)):
+        for start, x in zip((0, half), turn_back(gradients, here, angles_ref)):
+            d_ref[:, which, pl.ds(start, half)] = (x * (scale / LOG2E)).astype(d_ref.dtype)
 
 
-def query_kernel(decay_ref, reach_ref, rescale_ref, lse_ref, dot_ref, q_ref, k_ref, v_ref, g_ref, dq_ref, *, scale):
-    """One block of queries: their gradient, over all blocks of keys that they can see."""
-    block, number = BLOCK, pl.program_id(0)
-    begin, q = number * block, q_ref[...]
-    lse, dot = lse_ref[...], dot_ref[...]
-    g = (g_ref[...] * rescale_ref[...][:, None]).astype(q.dtype)
-
-    def step(masked, other, dq):
-        here = pl.ds(other * block, block)
-        k, keys = k_ref[here, :], other * block + jnp.arange(block)
-        _, dz = backward(q, k, v_ref[here, :], g, begin, keys, lse, dot, decay_ref, scale, masked)
-        return dq + jnp.dot(dz, k, preferred_element_type=jnp.float32)
-
-    dq = step(True, number, jnp.zeros(q.shape, jnp.float32))
-    dq = jax.lax.fori_loop(jnp.maximum(begin - reach_ref[0], 0) // block, number, partial(step, False), dq)
-    dq_ref[...] = (dq * (scale / LOG2E)).astype(dq_ref.dtype)
-
-
-def backward(q, k, v, g, begin, keys, lse, dot, decay_ref, scale, masked):
-    """A block's (P, gradient of its logits), from the gradient g of its output before D; dot: sum of g times that output."""
-    z = logits(q, k, begin, keys, decay_ref, scale, masked)
-    weights = jnp.exp2(z - (lse + decay_ref[0] * jnp.arange(len(q)).astype(jnp.float32))[:, None])
-    dz = weights * (jnp.dot(g, v.T, preferred_element_type=jnp.float32) - dot[:, None])
-    return weights.astype(q.dtype), dz.astype(q.dtype)
-
-
-def padded(x, shape):
-    """x with zeros at the end of axes, up to a shape."""
-    return jnp.pad(x, [(0, size - old) for size, old in zip(shape, x.shape)])
-
-
-def specifications(shape, block):
-    """Block specifications: of decay, reach, rescale (in blocks, whole); of a (B, T, H, k) array and a (B, H, T) one, both ways."""
-    _, length, _, features = shape
-    return dict(
-        decay=pl.BlockSpec((3,), lambda i, b, h: (0,)),
-        reach=pl.BlockSpec((None, 1), lambda i, b, h: (b, h)),
-        rescale=pl.BlockSpec((block,), lambda i, b, h: (i,)),
-        rescales=pl.BlockSpec((length,), lambda i, b, h: (0,)),
-        features=pl.BlockSpec((None, block, None, features), lambda i, b, h: (b, i, h, 0)),
-        all_features=pl.BlockSpec((None, length, None, features), lambda i, b, h: (b, 0, h, 0)),
-        row=pl.BlockSpec((None, None, block), lambda i, b, h: (b, h, i)),
-        rows=pl.BlockSpec((None, None, length), lambda i, b, h: (b, h, 0)),
-    )
-
+# --- Calling them -------------------------------------------------------------------------------------------------------------
 
 def call(kernel, shape, block, inputs, outputs, interpret, stages, warps):
-    """A pallas_call over blocks of positions, sequences and heads; inputs, outputs: names of specifications."""
-    named = specifications(shape, block)
-    batch, length, heads, _ = shape
+    """A pallas_call over blocks of positions, sequences and heads, for qkv of a shape. inputs: what they are, in words, each
+    whole along positions; outputs: [(what, dtype)], in blocks of them."""
+    batch, length, _, heads, features = shape
+    whole = dict(decay=(3,), reach=(batch, heads), rescale=(length,), angles=(2, length, features // 2),
+                 row=(batch, heads, length), out=(batch, length, heads, features), qkv=shape)
+
+    def specification(name, size):
+        return {
+            "decay": pl.BlockSpec((3,), lambda i, b, h: (0,)),
+            "reach": pl.BlockSpec((None, 1), lambda i, b, h: (b, h)),
+            "rescale": pl.BlockSpec((size,), lambda i, b, h: (0,)),
+            "angles": pl.BlockSpec((2, size, features // 2), lambda i, b, h: (0, 0, 0)),
+            "row": pl.BlockSpec((None, None, size), lambda i, b, h: (b, h, i if size == block else 0)),
+            "out": pl.BlockSpec((None, size, None, features), lambda i, b, h: (b, i if size == block else 0, h, 0)),
+            "qkv": pl.BlockSpec((None, size, 3, None, features), lambda i, b, h: (b, i if size == block else 0, 0, h, 0)),
+        }[name]
+
     return pl.pallas_call(
-        kernel, grid=(length // block, batch, heads), in_specs=[named[name] for name in inputs.split()],
-        out_specs=[named[name] for name, _ in outputs], out_shape=[shape for _, shape in outputs], interpret=interpret,
+        kernel, grid=(length // block, batch, heads), in_specs=[specification(name, length) for name in inputs.split()],
+        out_specs=[specification(name, block) for name, _ in outputs],
+        out_shape=[jax.ShapeDtypeStruct(whole[name], dtype) for name, dtype in outputs], interpret=interpret,
         compiler_params=triton and triton.CompilerParams(num_warps=warps, num_stages=stages))
 
 
-def forward(q, k, v, decay, rescale, interpret):
+def fit(x, length, half):
+    """(B, T, ..., k) with zeros added: to `length` positions and, in each half of the features, to `half`."""
+    x = x.reshape(*x.shape[:-1], 2, -1)
+    missing = [(0, 0), (0, length - x.shape[1]), *[(0, 0)] * (x.ndim - 3), (0, half - x.shape[-1])]
+    return jnp.pad(x, missing).reshape(x.shape[0], length, *x.shape[2:-2], -1)
+
+
+def unfit(x, length, half):
+    """The same without them."""
+    return x[:, :length].reshape(x.shape[0], length, *x.shape[2:-1], 2, -1)[..., :half].reshape(x.shape[0], length, *x.shape[2:-1], -1)
+
+
+def forward(qkv, angles, decay, rescale, interpret):
     """(out, what the backward pass needs): arrays are padded to what the kernels' blocks need, and kept so."""
-    batch, length, heads, features = q.shape
-    size = -(-length // QUERIES) * QUERIES
-    whole = batch, size, heads, max(16, pl.next_power_of_2(features))
-    constants = decay * LOG2E, reach(q, k, decay), padded(rescale, (size,))
-    q, k, v = (padded(x, whole) for x in (q, k, v))
-    outputs = [("features", jax.ShapeDtypeStruct(whole, v.dtype)),
-               ("row", jax.ShapeDtypeStruct((batch, heads, size), jnp.float32))]
-    kernel = call(partial(forward_kernel, scale=LOG2E / features**0.5), whole, QUERIES,
-                  "decay reach rescale features all_features all_features", outputs, interpret, 3, 4)
-    out, lse = kernel(*constants, q, k, v)
-    out = out[:, :length, :, :features]
-    return out, (constants, q, k, v, out, lse)
+    _, length, _, _, features = qkv.shape
+    size, half = -(-length // QUERIES) * QUERIES, max(16, pl.next_power_of_2(features // 2))
+    angles = jnp.pad(angles, ((0, 0), (0, size - length), (0, half - features // 2)))
+    constants = decay * LOG2E, reach(qkv, decay), jnp.pad(rescale, (0, size - length)), angles
+    qkv = fit(qkv, size, half)
+    kernel = call(partial(forward_kernel, scale=LOG2E / features**0.5), qkv.shape, QUERIES, "decay reach rescale angles qkv",
+                  [("out", qkv.dtype), ("row", jnp.float32)], interpret, 3, 4)
+    out, lse = kernel(*constants, qkv)
+    out = unfit(out, length, features // 2)
+    return out, (constants, qkv, out, lse)
 
 
 def gradients(interpret, saved, g):
-    """The gradients of q, k, v; decay and rescale are constants."""
-    constants, q, k, v, out, lse = saved
+    """The gradient of qkv; all else is constant."""
+    constants, qkv, out, lse = saved
     _, length, _, features = g.shape
-    scale = LOG2E / features**0.5
-    dot = padded(jnp.einsum("bthk,bthk->bht", g, out, preferred_element_type=jnp.float32), lse.shape)
-    like = [("features", jax.ShapeDtypeStruct(q.shape, q.dtype))]
-    by_key = call(partial(key_kernel, scale=scale), q.shape, BLOCK,
-                  "decay reach rescales rows rows all_features features features all_features", like * 2, interpret, 2, 4)
-    by_query = call(partial(query_kernel, scale=scale), q.shape, BLOCK,
-                    "decay reach rescale row row features all_features all_features features", like, interpret, 2, 4)
-    arguments = *constants, lse, dot, q, k, v, padded(g, q.shape)
-    dk, dv = by_key(*arguments)
-    dq, = by_query(*arguments)
-    return *(x[:, :length, :, :features] for x in (dq, dk, dv)), None, None
+    inner = jnp.einsum("bthk,bthk->bht", g, out, preferred_element_type=jnp.float32)
+    inner = jnp.pad(inner, ((0, 0), (0, 0), (0, lse.shape[-1] - length)))
+    kernel = call(partial(backward_kernel, scale=LOG2E / features**0.5), qkv.shape, BLOCK,
+                  "decay reach rescale angles row row qkv out", [("qkv", qkv.dtype)], interpret, 2, 4)
+    d, = kernel(*constants, lse, inner, qkv, fit(g, qkv.shape[1], qkv.shape[-1] // 2))
+    return unfit(d, length, features // 2), None, None, None
 
 
 attend.defvjp(forward, gradients)

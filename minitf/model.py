@@ -70,15 +70,14 @@ def linear(x, matrix):
 
 def attention(x, weights, constants, config):
     """All heads of one layer: x (..., T, d), as what returns."""
-    q, k, v = project(x, weights, config)
-    return merge(v, attend(q, k, v, **constants), weights, config)
+    qkv = project(x, weights, config)
+    return merge(qkv[..., 2, :, :], attend(qkv, constants, config), weights, config)
 
 
-def project(x, weights, config, start=0):
-    """x (..., S, d) at positions from `start` -> queries, keys, values of the heads, each (..., S, H, k)."""
+def project(x, weights, config):
+    """x (..., S, d) -> queries, keys, values of the heads, one array (..., S, 3, H, k)."""
     together = jnp.concatenate([weights[name] for name in ("query", "key", "value")], -1)   # (d, 3 d)
-    q, k, v = (part.reshape(*x.shape[:-1], config.heads, -1) for part in jnp.split(linear(x, together), 3, -1))
-    return (rotate(q, start, config.length), rotate(k, start, config.length), v) if config.position == "rope" else (q, k, v)
+    return linear(x, together).reshape(*x.shape[:-1], 3, config.heads, -1)
 
 
 def merge(v, attended, weights, config):
@@ -88,17 +87,34 @@ def merge(v, attended, weights, config):
     return linear(attended.reshape(*v.shape[:-2], -1), weights["output"])
 
 
-def attend(q, k, v, bias=None, decay=None, rescale=None, start=0):
+def attend(qkv, constants, config):
+    """Section 3, over whole sequences: qkv (..., T, 3, H, k) -> what each head attends to, (..., T, H, k).
+
+    `softmax_attention` says what is computed. On a GPU, bfloat16 is left to kernels that make no T x T logits.
+    """
+    features = qkv.shape[-1]
+    fused = jax.default_backend() == "gpu" and qkv.dtype == jnp.bfloat16 and features % 8 == 0
+    if fused and "decay" in constants and flash.triton:
+        angles = jnp.asarray(rotations(config, features)[:, :qkv.shape[-4]], qkv.dtype)
+        return flash.attend(qkv.reshape(-1, *qkv.shape[-4:]), angles, **constants).reshape(qkv[..., 0, :, :].shape)
+    return softmax_attention(*heads(qkv, config), **constants, fused=fused)
+
+
+def heads(qkv, config, start=0):
+    """qkv (..., S, 3, H, k) of positions from `start` -> queries and keys, turned by their positions, and values."""
+    q, k, v = (qkv[..., i, :, :] for i in range(3))
+    if config.position != "rope":
+        return q, k, v
+    cos, sin = (rows(table, start, q.shape[-3]).astype(q.dtype)[:, None] for table in rotations(config, q.shape[-1]))
+    return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+
+def softmax_attention(q, k, v, bias=None, decay=None, rescale=None, start=0, fused=False):
     """Section 3: D softmax(mask(Q K^T / sqrt(d_k) + B)) V for each head; q (..., S, H, k); k, v (..., T, H, k) -> as q.
 
     B, for every head: bias, (S, T), -inf where j > i; or decay, (3,), what makes it, see decay_bias. rescale: D, (S,).
-    Without them: causal, D = 1. The softmax is float32. The queries are those of positions from `start`; in the forward
-    pass all, from 0. softmax_sum is the specification; in bfloat16 on a GPU the forward pass makes no T x T logits.
+    Without them: causal, D = 1. The softmax is float32. The queries are those of positions from `start`.
     """
-    fused = jax.default_backend() == "gpu" and v.dtype == jnp.bfloat16 and v.shape[-1] % 8 == 0 and isinstance(start, int)
-    if fused and decay is not None and flash.triton:
-        whole = lambda x: x.reshape(-1, *x.shape[-3:])
-        return flash.attend(whole(q), whole(k), whole(v), decay, rescale).reshape(q.shape)
     if decay is not None:
         bias = decay_bias(decay, start, q.shape[-3], k.shape[-3])
     if bias is None and not fused:
@@ -153,15 +169,18 @@ def normalised(x, gain, centred):
     return (y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-5) * gain).astype(x.dtype)
 
 
-def rotate(x, start=0, length=None):
-    """Rotary position encoding (Su et al. 2021, arXiv 2104.09864), x (..., S, H, k): pairs (i, i + k/2) turn with position.
+def rotations(config, features):
+    """cos and sin, (2, T, k/2) of float32, of the angles by which features i and i + k/2 turn with position: rotary encoding
+    (Su et al. 2021, arXiv 2104.09864); none for other encodings."""
+    position = np.arange(config.length if config.position == "rope" else 1)[:, None]
+    angle = position * 10000.0 ** (-np.arange(features // 2) / (features // 2))
+    angle = np.broadcast_to(angle, (config.length, features // 2))
+    return np.array([np.cos(angle), np.sin(angle)], np.float32)
 
-    Where `start` is traced, `length` must say how many positions there are: their angles are tabulated in float64.
-    """
-    count, half = x.shape[-3], x.shape[-1] // 2
-    angle = np.arange(length or count)[:, None] * 10000.0 ** (-np.arange(half) / half)      # (T, k/2)
-    cos, sin = (rows(f(angle)[:, None].astype(x.dtype), start, count) for f in (np.cos, np.sin))
-    a, b = x[..., :half], x[..., half:]
+
+def rotate(x, cos, sin):
+    """x (..., S, H, k): its features i and i + k/2 as one point, turned; cos and sin (S, 1, k/2)."""
+    a, b = jnp.split(x, 2, -1)
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
 
 

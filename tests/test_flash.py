@@ -11,37 +11,38 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minitf import flash, model, spa
+from minitf import Config, flash, model, spa
 
 EPS32 = np.finfo(np.float32).eps
 exponential_pairs = st.tuples(st.floats(-5, 1), st.one_of(st.just(np.inf), st.floats(-6, 3))).map(
     lambda logs: (10**logs[0] * (1 + 10**logs[1]), 10**logs[0]))             # (gamma_in, gamma_out), from close to far apart
-SHAPES = [(2, 200, 2, 16), (1, 64, 1, 20)]                       # (B, T, H, k): several blocks; padded positions and features
+SHAPES = [((2, 200, 2, 32), "rope"), ((1, 64, 1, 20), "rope"), ((1, 130, 1, 32), "learned")]     # (B, T, H, k): padded or not
 
 
-@partial(jax.jit, static_argnums=0)
-def value_and_gradients(attend, q, k, v, g, decay, rescale):
-    out, back = jax.vjp(lambda q, k, v: attend(q, k, v, decay, rescale), q, k, v)
-    return out, *back(g)
+@partial(jax.jit, static_argnums=(0, 1))
+def value_and_gradient(attend, config, qkv, g, decay, rescale):
+    out, back = jax.vjp(lambda qkv: attend(qkv, dict(decay=decay, rescale=rescale), config), qkv)
+    return out, *jnp.moveaxis(back(g)[0], -3, 0)
 
 
-def kernel(q, k, v, decay, rescale):
-    return flash.attend(q, k, v, decay, rescale, True)
+def kernel(qkv, constants, config):
+    return flash.attend(qkv, jnp.asarray(model.rotations(config, qkv.shape[-1])), **constants, interpret=True)
 
 
-def specification(q, k, v, decay, rescale):
-    return model.attend(q, k, v, decay=decay, rescale=rescale)
+def specification(qkv, constants, config):
+    return model.softmax_attention(*model.heads(qkv, config), **constants)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape, position", SHAPES, ids=str)
 @given(exponential_pairs, st.integers(0, 2**31 - 1), st.floats(0, 10))
-def test_the_kernel_computes_what_the_specification_says(shape, gammas, seed, size):
+def test_the_kernel_computes_what_the_specification_says(shape, position, gammas, seed, size):
     """Out and gradients, whatever the decay and the size of the logits (up to about size sqrt(k)).
 
     Both round logits and bias: within a block these reach (slope 128 + |z|) EPS32, which is the relative error of each
     weight, and so that of the sums, times the largest value (or gradient of a logit) that is summed.
     """
     rng = np.random.default_rng(seed)
+    config = Config(length=shape[1], heads=shape[2], width=shape[2] * shape[3], position=position)
     q, k, v, g = rng.normal(size=(4, *shape)).astype(np.float32)
     q = np.float32(size) * q
     decay = np.array(spa.exponential_decay(*gammas), np.float32)
@@ -51,8 +52,9 @@ def test_the_kernel_computes_what_the_specification_says(shape, gammas, seed, si
     dz = 2 * np.max(np.linalg.norm(v, axis=-1)) * np.max(np.linalg.norm(g, axis=-1)) * 2     # sum_j P_ij |dP_ij - dot|, at most
     rows = shape[1]                                              # that a key's gradient may sum over
     sizes = [2 * np.max(np.abs(v)), dz * np.max(np.abs(k)), dz * rows * np.max(np.abs(q)), rows * 2 * np.max(np.abs(g))]
-    pairs = zip(value_and_gradients(kernel, q, k, v, g, decay, rescale),
-                value_and_gradients(specification, q, k, v, g, decay, rescale), sizes)
+    qkv = np.stack([q, k, v], 2)
+    pairs = zip(value_and_gradient(kernel, config, qkv, g, decay, rescale),
+                value_and_gradient(specification, config, qkv, g, decay, rescale), sizes)
     for got, expected, largest in pairs:
         assert np.all(np.isfinite(got))
         assert np.max(np.abs(got - expected)) <= 2 * relative * largest + 1e-30       # what is flushed to zero
@@ -64,7 +66,7 @@ def test_what_lies_beyond_the_reach_weighs_nothing(gammas, seed, size):
     rng = np.random.default_rng(seed)
     q, k = rng.normal(size=(2, 1, 300, 1, 4))
     decay, q = np.array(spa.exponential_decay(*gammas)), size * q
-    reach = int(flash.reach(*map(jnp.float32, (q, k, decay)))[0, 0])
+    reach = int(flash.reach(jnp.float32(np.stack([q, k, k], 2)), jnp.float32(decay))[0, 0])
     lag = np.arange(300)[:, None] - np.arange(300)
     with np.errstate(over="ignore"):
         z = q[0, :, 0] @ k[0, :, 0].T / 2 - decay[0] * lag + decay[1] * (np.arange(300) == 0) + decay[2] * (lag == 0)
@@ -95,9 +97,9 @@ def test_the_kernel_can_be_lowered_for_a_gpu():
         pytest.skip("this jax cannot lower for a device that is not there")
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
     array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
-    qkv = [array(3, 2, 200, 2, 64, dtype=jnp.bfloat16)] * 3
-    loss = lambda q, k, v, decay, rescale: jnp.sum(flash.attend(q, k, v, decay, rescale).astype(jnp.float32))
-    gradient = jax.vmap(jax.grad(loss, (0, 1, 2)), (0, 0, 0, None, None))
+    qkv = array(3, 2, 200, 3, 2, 64, dtype=jnp.bfloat16)
+    loss = lambda qkv, *constants: jnp.sum(flash.attend(qkv, *constants).astype(jnp.float32))
+    gradient = jax.vmap(jax.grad(loss), (0, None, None, None))
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)):
-        lowered = jax.jit(gradient).trace(*qkv, array(3), array(200)).lower(lowering_platforms=("cuda",))
-    assert lowered.as_text().count("forward_kernel") and lowered.as_text().count("query_kernel")
+        lowered = jax.jit(gradient).trace(qkv, array(2, 200, 32, dtype=jnp.bfloat16), array(3), array(200)).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("forward_kernel") and lowered.as_text().count("backward_kernel")
