@@ -38,7 +38,7 @@ class Config:
     block: str = flag("vanilla", "no skips and no norms; the same as published; weighted skips, no norms; or the standard "
                       "transformer", *BLOCKS)
     attn: str | None = flag(None, "attention", "softmax", "vskip", "uspa", "espa")
-    gamma: float = flag(0.2, "espa: the last kernel's decay, gamma_L", above=0)
+    gamma: float | None = flag(None, "espa: the last kernel's decay, gamma_L; default: 25.6 / length, at most 0.8", above=0)
     rho: float = flag(0.8, "uspa: the last kernel's correlation, rho_L", above=0, below=1)
     rescale: str = flag("expected", "positions' mean square: held at 1, or the paper's row sums alone", "expected", "plain")
     repeat_rate: float | None = flag(None, "chance that two tokens are equal; default: that of the training tokens",
@@ -61,6 +61,7 @@ class Config:
                                        above=0)
     ends: float | None = flag(None, "multiplies it for embeddings and head; default: likewise", above=0)
     qk: float | None = flag(None, "multiplies it for queries and keys; default: likewise", above=0)
+    vo: float | None = flag(None, "multiplies it for values and outputs; default: likewise", above=0)
     warmup: int | None = flag(None, "steps of linear warm-up; default: a twentieth of the steps", low=0)
     weight_decay: float = flag(0.0, "decoupled weight decay of matrices", low=0)
     orthogonality: float | None = flag(None, "share by which a step brings the matrices but queries' and keys' back to orthogonal "
@@ -84,13 +85,10 @@ class Config:
         for name, value in preset.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        for name, value in default_rates(self).items():
+        rest = dict(gamma=min(0.8, 25.6 / self.length), warmup=self.steps // 20, save_every=max(self.steps // 5, 1))
+        for name, value in (default_rates(self) | rest).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        if self.warmup is None:
-            object.__setattr__(self, "warmup", self.steps // 20)
-        if self.save_every is None:
-            object.__setattr__(self, "save_every", max(self.steps // 5, 1))
         require(self.width % self.heads == 0,
                 f"width must be a multiple of heads: {self.width} is not one of {self.heads}")
         require(self.position != "rope" or self.width // self.heads % 2 == 0,
@@ -143,12 +141,12 @@ def validate(configuration, each):
         require(fine, f"{name} must be {allowed or 'finite'}, not {value}")
 
 
-# Tuned at depth 36 and width 64: learning_rate, ends, qk. Those of paper, and of weighted with adamw, with one rate for all.
+# Tuned at depth 36 and width 64: learning_rate, ends, qk, vo. Those of paper, and of weighted with adamw, with one rate for all.
 RATES = {
-    "vanilla": dict(muon=(6e-4, 32.0, 16.0), adamw=(1.5e-4, 64.0, 16.0)),
-    "paper": dict(muon=(1e-3, 1.0, 1.0), adamw=(3e-4, 1.0, 1.0)),
-    "weighted": dict(muon=(2e-3, 8.0, 4.0), adamw=(2e-3, 1.0, 1.0)),
-    "preln": dict(muon=(8e-3, 16.0, 1.0), adamw=(2e-3, 48.0, 1.0)),
+    "vanilla": dict(muon=(6e-4, 32.0, 16.0, 0.5), adamw=(1.5e-4, 64.0, 16.0, 1.0)),
+    "paper": dict(muon=(1e-3, 1.0, 1.0, 1.0), adamw=(3e-4, 1.0, 1.0, 1.0)),
+    "weighted": dict(muon=(2e-3, 8.0, 4.0, 1.0), adamw=(2e-3, 1.0, 1.0, 1.0)),
+    "preln": dict(muon=(8e-3, 16.0, 1.0, 1.0), adamw=(2e-3, 48.0, 1.0, 1.0)),
 }
 
 
@@ -160,6 +158,6 @@ def default_rates(config):
     """
     skipless = "vanilla" if config.init == "looks_linear" else "paper"
     kind = "preln" if config.norm != "none" else "weighted" if config.alpha > 0 else skipless
-    rate, ends, qk = RATES[kind][config.optimizer]
+    rate, ends, qk, vo = RATES[kind][config.optimizer]
     rate *= (64 / config.width) ** 0.5 * (min(1, 36 / config.depth) if kind == skipless else 1)
-    return dict(learning_rate=rate, ends=ends, qk=qk)
+    return dict(learning_rate=rate, ends=ends, qk=qk, vo=vo)

@@ -39,7 +39,8 @@ def block(x, cache, weights, constants, layer, start, config):
     constants: bias (S, T) or decay (3,), and rescale (S,). The cache is that of all layers, changed in place.
     """
     weights = jax.tree.map(lambda w: w.astype(x.dtype), weights)
-    q, k, v = model.heads(model.project(model.norm(x, weights, "norm1", config), weights, config), config, start)
+    qkv = model.project(model.norm(x, weights, "norm1", config), weights, config)
+    q, k, v = model.unstack(model.turn(qkv, config, start))                                 # (S, H, k) each
     cache = {name: jax.lax.dynamic_update_slice(cache[name], new[None], (layer, start, 0, 0))
              for name, new in (("k", k), ("v", v))}
     attended = model.softmax_attention(q, cache["k"][layer], cache["v"][layer], **constants, start=start)

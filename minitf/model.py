@@ -1,6 +1,7 @@
 """The network: parameters, constants, and the forward pass of one sequence.
 
 Shapes: T tokens, d = width, H heads, k = d / H, V = vocabulary, L = depth. Weights are (in, out), applied as x @ W.
+N = T for one sequence; a batch is its sequences one after the other, N = B T rows, which only attention tells apart.
 Every function is pure: parameters are a nested dict of arrays, constants too, the configuration is static.
 """
 from functools import partial
@@ -14,18 +15,19 @@ from . import activations, flash, spa
 
 EXACT_LENGTH = 1024                       # positions over which the recursion of section 4, O(T^2) or more a layer, is run
 UNROLLED = 48                             # blocks that an accelerator runs as a straight program instead of a loop
+SHORT = 1024                              # tokens up to which our kernel, measured at 512, beats cuDNN's at plain attention
 
 
-# --- The forward pass, written for one sequence; "..." is a batch, or nothing -------------------------------------------
+# --- The forward pass -------------------------------------------------------------------------------------------------------
 
 def forward(params, constants, tokens, config):
-    """tokens (..., T) of integers -> logits (..., T, V), in the arithmetic's dtype. Token by token: decode.py."""
-    x = embed(params, tokens, config)                                                       # (..., T, d)
-    step = lambda x, layer: (block(x, *layer, config), None)
+    """tokens (T,) or (B, T) of integers -> logits (..., T, V), in the arithmetic's dtype. Token by token: decode.py."""
+    x = embed(params, tokens, config)                                                       # (N, d)
+    step = lambda x, layer: (block(x, *layer, config, tokens.shape[-1]), None)
     if config.remat:
         step = jax.checkpoint(step)                                                         # backward: from x alone
     x, _ = jax.lax.scan(step, x, (params["blocks"], constants), unroll=unrolled(config))
-    return unembed(params, x, config)
+    return unembed(params, x, config).reshape(*tokens.shape, -1)
 
 
 def unrolled(config):
@@ -36,13 +38,13 @@ def unrolled(config):
 
 
 def embed(params, tokens, config, start=0):
-    """tokens (..., S) at positions from `start` -> x (..., S, d), of mean square 1 at initialisation."""
+    """tokens (..., S) at positions from `start` -> x (N, d), of mean square 1 at initialisation."""
     x, count = params["embed"][tokens], tokens.shape[-1]                                    # (..., S, d)
     if config.position == "sinusoidal":
         x = (x + rows(sinusoids(config.length, config.width), start, count)) / np.sqrt(2)
     if config.position == "learned":
         x = (x + rows(params["position"], start, count)) / np.sqrt(2)
-    return x.astype(compute_dtype(config))
+    return x.astype(compute_dtype(config)).reshape(-1, config.width)
 
 
 def rows(table, start, count):
@@ -50,10 +52,13 @@ def rows(table, start, count):
     return jax.lax.dynamic_slice_in_dim(jnp.asarray(table), start, count)
 
 
-def block(x, weights, constants, config):
-    """Section 2: X^ = alpha X + beta MHA(Norm(X)), X' = alpha X^ + beta MLP(Norm(X^)); x (..., T, d), as what returns."""
+def block(x, weights, constants, config, length=None):
+    """Section 2: X^ = alpha X + beta MHA(Norm(X)), X' = alpha X^ + beta MLP(Norm(X^)); x (N, d), as what returns.
+
+    length: of each sequence, where x has several.
+    """
     weights = jax.tree.map(lambda w: w.astype(x.dtype), weights)
-    x = skip(x, attention(norm(x, weights, "norm1", config), weights, constants, config), config)
+    x = skip(x, attention(norm(x, weights, "norm1", config), weights, constants, config, length), config)
     x = skip(x, mlp(norm(x, weights, "norm2", config), weights, config), config)
     return x
 
@@ -63,50 +68,57 @@ def skip(x, branch, config):
     return config.beta * branch if config.alpha == 0 else config.alpha * x + config.beta * branch
 
 
-def linear(x, matrix):
-    """x W for x (..., in), W (in, out). One product of two matrices: their gradients take a CPU a third of the time."""
-    return (x.reshape(-1, x.shape[-1]) @ matrix).reshape(*x.shape[:-1], -1)
-
-
-def attention(x, weights, constants, config):
-    """All heads of one layer: x (..., T, d), as what returns."""
-    qkv = project(x, weights, config)
-    return merge(qkv[..., 2, :, :], attend(qkv, constants, config), weights, config)
+def attention(x, weights, constants, config, length=None):
+    """All heads of one layer: x (N, d), as what returns."""
+    qkv = project(x, weights, config)                                                       # (N, 3, H, k)
+    sequences = qkv.reshape(-1, length or len(x), *qkv.shape[1:])                           # (B, T, 3, H, k)
+    attended = attend(sequences, constants, config).reshape(len(x), *qkv.shape[2:])         # (N, H, k)
+    return merge(qkv[:, 2], attended, weights, config)
 
 
 def project(x, weights, config):
-    """x (..., S, d) -> queries, keys, values of the heads, one array (..., S, 3, H, k)."""
+    """x (N, d) -> queries, keys, values of the heads, one array (N, 3, H, k)."""
     together = jnp.concatenate([weights[name] for name in ("query", "key", "value")], -1)   # (d, 3 d)
-    return linear(x, together).reshape(*x.shape[:-1], 3, config.heads, -1)
+    return (x @ together).reshape(len(x), 3, config.heads, -1)
 
 
 def merge(v, attended, weights, config):
-    """What the heads attended to, (..., S, H, k), and their own values v -> (..., S, d)."""
+    """What the heads attended to, (N, H, k), and their own values v -> (N, d)."""
     if config.attn == "vskip":
         attended = weights["vskip_alpha"][:, None] * v + weights["vskip_beta"][:, None] * attended
-    return linear(attended.reshape(*v.shape[:-2], -1), weights["output"])
+    return attended.reshape(len(v), -1) @ weights["output"]
 
 
 def attend(qkv, constants, config):
-    """Section 3, over whole sequences: qkv (..., T, 3, H, k) -> what each head attends to, (..., T, H, k).
+    """Section 3, over whole sequences: qkv (B, T, 3, H, k) -> what each head attends to, (B, T, H, k).
 
     `softmax_attention` says what is computed. On a GPU, bfloat16 is left to kernels that make no T x T logits.
     """
-    features = qkv.shape[-1]
-    fused = jax.default_backend() == "gpu" and qkv.dtype == jnp.bfloat16 and features % 8 == 0
-    if fused and "decay" in constants and flash.triton:
-        angles = jnp.asarray(rotations(config, features)[:, :qkv.shape[-4]], qkv.dtype)
-        return flash.attend(qkv.reshape(-1, *qkv.shape[-4:]), angles, **constants).reshape(qkv[..., 0, :, :].shape)
-    return softmax_attention(*heads(qkv, config), **constants, fused=fused)
+    qkv, length = turn(qkv, config), qkv.shape[1]
+    fused = jax.default_backend() == "gpu" and qkv.dtype == jnp.bfloat16 and qkv.shape[-1] % 8 == 0
+    if fused and flash.triton and not constants and length <= SHORT:                        # no decay, D = 1
+        return flash.attend(qkv, jnp.zeros(3), jnp.ones(length))
+    if fused and flash.triton and "decay" in constants:
+        return flash.attend(qkv, **constants)
+    return softmax_attention(*unstack(qkv), **constants, fused=fused)
 
 
-def heads(qkv, config, start=0):
-    """qkv (..., S, 3, H, k) of positions from `start` -> queries and keys, turned by their positions, and values."""
-    q, k, v = (qkv[..., i, :, :] for i in range(3))
+def unstack(qkv):
+    """(..., 3, H, k) -> queries, keys and values, each (..., H, k)."""
+    return tuple(qkv[..., i, :, :] for i in range(3))
+
+
+def turn(qkv, config, start=0):
+    """Rotary position encoding (Su et al. 2021, arXiv 2104.09864) of qkv (..., S, 3, H, k) at positions from `start`: features
+    i and i + k/2 of queries and keys, as one point, turn with position; values do not. Other encodings leave all alone."""
     if config.position != "rope":
-        return q, k, v
-    cos, sin = (rows(table, start, q.shape[-3]).astype(q.dtype)[:, None] for table in rotations(config, q.shape[-1]))
-    return rotate(q, cos, sin), rotate(k, cos, sin), v
+        return qkv
+    half = qkv.shape[-1] // 2
+    angle = np.arange(config.length)[:, None] * 10000.0 ** (-np.arange(half) / half)        # (T, k/2)
+    angle = np.stack([angle, angle, 0 * angle], 1)[:, :, None]                              # (T, 3, 1, k/2)
+    cos, sin = (rows(f(angle).astype(qkv.dtype), start, qkv.shape[-4]) for f in (np.cos, np.sin))
+    a, b = jnp.split(qkv, 2, -1)
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
 
 
 def softmax_attention(q, k, v, bias=None, decay=None, rescale=None, start=0, fused=False):
@@ -146,13 +158,13 @@ def decay_bias(decay, start, count, length):
 
 
 def mlp(x, weights, config):
-    """One non-linearity between d -> 4d and 4d -> d: x (..., T, d), as what returns."""
-    return linear(activation(config)(linear(x, weights["up"])), weights["down"])
+    """One non-linearity between d -> 4d and 4d -> d: x (N, d), as what returns."""
+    return activation(config)(x @ weights["up"]) @ weights["down"]
 
 
 def unembed(params, x, config):
-    """x (..., T, d) -> logits (..., T, V)."""
-    return linear(norm(x, params, "norm", config), params["head"].astype(x.dtype))
+    """x (N, d) -> logits (N, V)."""
+    return norm(x, params, "norm", config) @ params["head"].astype(x.dtype)
 
 
 def norm(x, weights, name, config):
@@ -160,28 +172,30 @@ def norm(x, weights, name, config):
     return x if config.norm == "none" else normalised(x, weights[name], config.norm == "layer")
 
 
-@partial(jax.checkpoint, static_argnums=2)                                                  # saves x, not its float32 steps
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
 def normalised(x, gain, centred):
-    """Layer norm, or without centring RMS norm."""
+    """Layer norm, or without centring RMS norm. All that the backward pass keeps is x."""
+    return (standardised(x, centred)[0] * gain).astype(x.dtype)
+
+
+def standardised(x, centred):
+    """x (..., d), less its mean if centred, over its root mean square; and one over that, (..., 1): both float32."""
     y = x.astype(jnp.float32)
     if centred:
         y = y - y.mean(-1, keepdims=True)
-    return (y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-5) * gain).astype(x.dtype)
+    scale = jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-5)
+    return y * scale, scale
 
 
-def rotations(config, features):
-    """cos and sin, (2, T, k/2) of float32, of the angles by which features i and i + k/2 turn with position: rotary encoding
-    (Su et al. 2021, arXiv 2104.09864); none for other encodings."""
-    position = np.arange(config.length if config.position == "rope" else 1)[:, None]
-    angle = position * 10000.0 ** (-np.arange(features // 2) / (features // 2))
-    angle = np.broadcast_to(angle, (config.length, features // 2))
-    return np.array([np.cos(angle), np.sin(angle)], np.float32)
+def normalised_backward(centred, saved, g):
+    (x, gain), g = saved, g.astype(jnp.float32)
+    y, scale = standardised(x, centred)
+    inner = g * gain
+    inner = inner - y * (inner * y).mean(-1, keepdims=True) - (inner.mean(-1, keepdims=True) if centred else 0)
+    return (scale * inner).astype(x.dtype), (g * y).reshape(-1, len(gain)).sum(0).astype(gain.dtype)
 
 
-def rotate(x, cos, sin):
-    """x (..., S, H, k): its features i and i + k/2 as one point, turned; cos and sin (S, 1, k/2)."""
-    a, b = jnp.split(x, 2, -1)
-    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
+normalised.defvjp(lambda x, gain, centred: (normalised(x, gain, centred), (x, gain)), normalised_backward)
 
 
 def sinusoids(length, width):

@@ -25,7 +25,8 @@ def describe(config, params, corpus, out):
           f"data        {len(corpus.train):,} tokens of {corpus.encoding.n_vocab:,}, r = {config.repeat_rate:.4f}; "
           f"held out {len(corpus.held_out):,}\n"
           f"training    {config.steps} steps of {config.batch} x {config.length} tokens, {config.optimizer} at {config.learning_rate:.3g} "
-          f"(ends x {config.ends:g}, queries and keys x {config.qk:g}), {model.compute_dtype(config)} on {jax.devices()[0].device_kind}; {out}")
+          f"(ends x {config.ends:g}, queries and keys x {config.qk:g}, values and outputs x {config.vo:g}), "
+          f"{model.compute_dtype(config)} on {jax.devices()[0].device_kind}; {out}")
 
 
 class Progress:

@@ -68,20 +68,23 @@ def make_optimizer(config):
         dimensions = lambda params: jax.tree.map(lambda matrix: stacked if matrix else None, is_matrix(params))
         optimizer = muon(schedule, weight_decay=config.weight_decay, adam_b2=0.95, consistent_rms=0.2,
                          muon_weight_dimension_numbers=dimensions)
-    last = lambda updates, params: steer(updates, params, 1.0, config.ends, config.qk, config.orthogonality)
+    last = lambda updates, params: steer(updates, params, 1.0, config.ends, config.qk, config.vo, config.orthogonality or None)
     return optax.chain(optax.clip_by_global_norm(1.0), optimizer, optax.stateless(last))
 
 
-def steer(updates, params, rate, ends, qk, orthogonality):
-    """The optimizer's updates times `rate`, and times `ends` or `qk` where these apply, with a pull toward orthogonal matrices.
+def steer(updates, params, rate, ends, qk, vo, orthogonality):
+    """The optimizer's updates times `rate`, and times `ends`, `qk` or `vo` where these apply, with a pull toward orthogonal
+    matrices (None: without).
 
     What limits the rate of blocks is that the changes of all of them add up. Embeddings and head stand once in the network,
     and queries and keys not in the product of matrices that a signal passes: they may learn faster.
     """
+    multiples = dict(query=qk, key=qk, value=vo, output=vo, embed=ends, position=ends, norm=ends, head=ends)
+
     def one(path, update, w):
-        name, inside = path[-1].key, path[0].key == "blocks"
-        update = update * (rate * (ends if not inside else qk if name in ("query", "key") else 1.0))
-        return update + orthogonality * to_orthogonal(w) if orthogonality and name in CHAIN else update
+        name = path[-1].key
+        update = update * (rate * multiples.get(name, 1.0))
+        return update + orthogonality * to_orthogonal(w) if orthogonality is not None and name in CHAIN else update
 
     return jax.tree_util.tree_map_with_path(one, updates, params)
 

@@ -371,3 +371,20 @@ def test_rounding_is_not_taken_for_rank(seed, dtype, depth):
     rank = lambda x: report.effective_rank(np.asarray(jnp.einsum("id,jd->ij", x, x)) / width)
     assert rank(np.float32(one * (1 + noise))) <= least
     assert rank(np.float32(one * (1 + (10 if dtype == "bfloat16" else 1e5) * noise))) > least
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@given(seeds, st.floats(-2, 2), st.floats(-3, 3))
+def test_the_gradient_of_a_norm_is_that_of_its_formula(centred, seed, size, offset):
+    """The one that is written out, against differentiation: sums of d terms, of size at most |gain| |g| over the deviation."""
+    rng = np.random.default_rng(seed)
+    x = jnp.float32(10**size * (rng.normal(size=(5, D)) + offset))
+    gain, g = jnp.float32(rng.normal(size=D)), jnp.float32(rng.normal(size=(5, D)))
+    plain = lambda x, gain: model.standardised(x, centred)[0] * gain
+    (y, back), (y_plain, back_plain) = (jax.vjp(f, x, gain) for f in (lambda *a: model.normalised(*a, centred), plain))
+    assert np.array_equal(y, y_plain)
+    (dx, dgain), (dx_plain, dgain_plain) = back(g), back_plain(g)
+    scale = np.max(model.standardised(x, centred)[1]) * np.linalg.norm(g * gain)
+    rounding = 8 * np.sqrt(D) * (1 + abs(offset)) * EPS32                    # of x less its mean, and of the sums
+    assert np.max(np.abs(dx - dx_plain)) <= rounding * scale
+    assert np.max(np.abs(dgain - dgain_plain)) <= rounding * np.linalg.norm(g) * np.max(np.abs(y_plain / gain))
