@@ -130,7 +130,7 @@ def run_stage(stage, names, folder):
     from minitf import Config, data, model
     corpus = data.load(str(folder), None, SHAPE["length"])
     bits = len(corpus.held_out) / (corpus.held_out_counts @ data.byte_lengths(corpus.encoding)) / math.log(2)
-    model.UNROLLED = 0                                    # many short programs: a loop, which compiles sooner
+    model.STRAIGHT = 0                                    # many short programs: a loop, which compiles sooner
     for name, flags, lanes in [(name, *each) for name in names for each in stage_runs(stage, name)]:
         done = [lane_of(run) for run in read_runs() if (run["stage"], run["name"], run["flags"]["steps"]) == (stage, name, flags["steps"])]
         lanes = [lane for lane in lanes if lane not in done]

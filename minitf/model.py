@@ -10,11 +10,13 @@ from math import ceil
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from . import activations, flash, spa
 
 EXACT_LENGTH = 1024                       # positions over which the recursion of section 4, O(T^2) or more a layer, is run
-UNROLLED = 48                             # blocks that an accelerator runs as a straight program instead of a loop
+STRAIGHT = 48                             # blocks that an accelerator runs as a straight program instead of a loop
+KEPT = "halfway", "hidden"                # of a block in a loop: X^, and what its activation is given
 SHORT = 1024                              # tokens up to which our kernel, measured at 512, beats cuDNN's at plain attention
 
 
@@ -24,17 +26,20 @@ def forward(params, constants, tokens, config):
     """tokens (T,) or (B, T) of integers -> logits (..., T, V), in the arithmetic's dtype. Token by token: decode.py."""
     x = embed(params, tokens, config)                                                       # (N, d)
     step = lambda x, layer: (block(x, *layer, config, tokens.shape[-1]), None)
-    if config.remat:
-        step = jax.checkpoint(step)                                                         # backward: from x alone
-    x, _ = jax.lax.scan(step, x, (params["blocks"], constants), unroll=unrolled(config))
+    straight = runs_straight(config)
+    if not straight:
+        step = jax.checkpoint(step, policy=jax.checkpoint_policies.save_only_these_names(*() if config.remat else KEPT))
+    x, _ = jax.lax.scan(step, x, (params["blocks"], constants), unroll=config.depth if straight else 1)
     return unembed(params, x, config).reshape(*tokens.shape, -1)
 
 
-def unrolled(config):
-    """Blocks in one turn of the loop. A loop copies all that the backward pass needs; its compilation takes no more time
-    for more blocks, and on a CPU, where arithmetic takes longer, the copies do not matter."""
-    straight = jax.default_backend() != "cpu" and config.depth <= UNROLLED and not config.remat
-    return config.depth if straight else 1
+def runs_straight(config):
+    """Whether the blocks are one straight program instead of a loop: on an accelerator, unless they are many.
+
+    A loop copies all that the backward pass needs into one array, so little is kept there (KEPT; --remat: x alone) and
+    the rest made again, which takes a CPU less time than the copies. Its compilation takes no more time for more blocks.
+    """
+    return jax.default_backend() != "cpu" and config.depth <= STRAIGHT and not config.remat
 
 
 def embed(params, tokens, config, start=0):
@@ -59,8 +64,8 @@ def block(x, weights, constants, config, length=None):
     """
     weights = jax.tree.map(lambda w: w.astype(x.dtype), weights)
     x = skip(x, attention(norm(x, weights, "norm1", config), weights, constants, config, length), config)
-    x = skip(x, mlp(norm(x, weights, "norm2", config), weights, config), config)
-    return x
+    x = checkpoint_name(x, "halfway")
+    return skip(x, mlp(norm(x, weights, "norm2", config), weights, config), config)
 
 
 def skip(x, branch, config):
@@ -135,7 +140,6 @@ def softmax_attention(q, k, v, bias=None, decay=None, rescale=None, start=0, fus
     return out if rescale is None else (rescale[:, None, None] * out).astype(v.dtype)
 
 
-@jax.checkpoint                                            # its S x T arrays are sooner made again than kept for later
 def softmax_sum(q, k, v, bias):
     """softmax(Q K^T / sqrt(d_k) + B) V for each head: q (..., S, H, k), k, v (..., T, H, k), bias (S, T) -> as q."""
     logits = jnp.einsum("...qhd,...khd->...hqk", q, k, preferred_element_type=jnp.float32) / np.sqrt(q.shape[-1])
@@ -159,7 +163,7 @@ def decay_bias(decay, start, count, length):
 
 def mlp(x, weights, config):
     """One non-linearity between d -> 4d and 4d -> d: x (N, d), as what returns."""
-    return activation(config)(x @ weights["up"]) @ weights["down"]
+    return activation(config)(checkpoint_name(x @ weights["up"], "hidden")) @ weights["down"]
 
 
 def unembed(params, x, config):
