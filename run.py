@@ -96,7 +96,7 @@ def train(config, out, checkpoint=None):
     """Trains as configured, from a checkpoint if given, with checkpoints, config.json and metrics.jsonl in `out`."""
     keep_freed_memory()
     import jax
-    from minitf import checkpoint as checkpoints, data, model, train
+    from minitf import checkpoint as checkpoints, data, model, theory, train
     from minitf.errors import require
     from minitf.show import Progress, describe
 
@@ -108,9 +108,9 @@ def train(config, out, checkpoint=None):
     if checkpoint:
         require(digest == checkpoint.digest, "data is not what the run was trained on: its tokens must be the same")
         params, opt_state, start = checkpoint.params, checkpoint.opt_state, checkpoint.step
-        constants = model.constants(config)
+        constants = theory.constants(config)
     else:
-        constants, key = model.constants(config), jax.random.key(config.seed)
+        constants, key = theory.constants(config), jax.random.key(config.seed)
         params = jax.jit(model.init, static_argnums=(1, 2))(key, config, data.vocabulary(encoding))
         opt_state, start = train.make_optimizer(config).init(params), 0
         out = make_folder(out, f"{config.block}-{config.attn}")
@@ -292,10 +292,10 @@ def load(config, encoding=None):
 
 def reachable(config):
     """The configuration, with an activation target that is out of reach replaced by the nearest one, and a note of that."""
-    from minitf import model
+    from minitf import theory
     from minitf.errors import OutOfReach
     try:
-        model.activation(config)
+        theory.activation(config)
     except OutOfReach as error:
         print(f"note: {error}; taking that")
         return replace(config, **{error.target: error.best})

@@ -23,7 +23,7 @@ from run import keep_freed_memory, make_parser                                 #
 import jax                                                                     # noqa: E402
 import jax.numpy as jnp                                                        # noqa: E402
 
-from minitf import data, model, train                                          # noqa: E402
+from minitf import data, model, theory, train                                  # noqa: E402
 
 
 def main():
@@ -37,7 +37,7 @@ def main():
 
     keep_freed_memory()
     started = time.perf_counter()
-    constants = model.constants(config)
+    constants = theory.constants(config)
     seconds_constants = time.perf_counter() - started
     params = jax.jit(model.init, static_argnums=(1, 2))(jax.random.key(0), config, vocabulary)
     opt_state = train.make_optimizer(config).init(params)

@@ -156,11 +156,11 @@ def train_lanes(config, lanes, corpus, vocabulary, every=10, windows=512):
     import jax
     import jax.numpy as jnp
     import optax
-    from minitf import data, model, train
+    from minitf import data, model, theory, train
     optimizer = train.make_optimizer(replace(config, learning_rate=1.0, ends=1.0, qk=1.0, vo=1.0, orthogonality=0.0))
     own = [name for name in LANE if name not in ("gamma", "seed") and (name != "orthogonality" or any(lane[name] for lane in lanes))]
     steering = {name.replace("learning_rate", "rate"): jnp.array([lane[name] for lane in lanes], jnp.float32) for name in own}
-    constants = [model.constants(replace(config, gamma=lane["gamma"])) for lane in lanes]
+    constants = [theory.constants(replace(config, gamma=lane["gamma"])) for lane in lanes]
 
     def step(params, state, batch, constants, steering):
         value, gradient = jax.value_and_grad(train.loss)(params, constants, batch, config)

@@ -18,7 +18,7 @@ import numpy as np
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from minitf import Config, model                                               # noqa: E402
+from minitf import Config, model, theory                                               # noqa: E402
 
 NETWORKS = {                                                                   # name: flags
     "looks linear (--block vanilla)": dict(block="vanilla"),
@@ -31,7 +31,7 @@ NETWORKS = {                                                                   #
 
 def singular_values(config, seed=0):
     """(L, d): those of J_1, ..., J_L, largest first."""
-    params, constants = model.init(jax.random.key(seed), config, 1024), model.constants(config)
+    params, constants = model.init(jax.random.key(seed), config, 1024), theory.constants(config)
     x = jax.random.normal(jax.random.key(seed + 1), (config.length, config.width))
 
     def step(carry, layer):

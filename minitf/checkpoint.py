@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import tiktoken
 
-from . import data, model, train
+from . import data, model, theory, train
 from .config import Config
 from .errors import require
 
@@ -118,7 +118,7 @@ def load_model(place):
     """Model of a run's folder (its newest usable checkpoint) or of one checkpoint's file; ValueError if there is none."""
     place = Path(place)
     checkpoint = newest(place)[0] if place.is_dir() else load(place)
-    return Model(checkpoint.config, checkpoint.params, model.constants(checkpoint.config), checkpoint.encoding)
+    return Model(checkpoint.config, checkpoint.params, theory.constants(checkpoint.config), checkpoint.encoding)
 
 
 def newest(folder):

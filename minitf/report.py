@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import model, spa
+from . import model, spa, theory
 
 WINDOWS, INITIALISATIONS = 4, 8           # a report is a mean over both: theory speaks of the mean over initialisations
 MEAN_SQUARE_FACTOR = 2.0                  # of activations, at every depth: beyond what the width explains, see `verdict`
@@ -56,12 +56,12 @@ def predicted(constants, tokens, config):
     """The recursion from where the tokens (T,) do repeat, with the network's own D: (L + 1, T, T); softmax: None."""
     if config.attn == "softmax":
         return None
-    kernel = model.initial_kernel(config, len(tokens), tokens[:, None] == tokens)
+    kernel = theory.initial_kernel(config, len(tokens), tokens[:, None] == tokens)
     if not constants:
-        return np.array([kernel] + [sigma for _, sigma in model.predict(config, kernel)])
-    bias = np.array([bias for _, bias in map(spa.rescale_and_bias, model.log_attentions(config, len(tokens)))])
+        return np.array([kernel] + [sigma for _, sigma in theory.predict(config, kernel)])
+    bias = np.array([bias for _, bias in map(spa.rescale_and_bias, theory.log_attentions(config, len(tokens)))])
     log_a = bias + np.log(np.asarray(constants["rescale"], float))[:, :, None]
-    blocks = spa.propagate(log_a, kernel, model.correlation_map(config), config.alpha, config.beta,
+    blocks = spa.propagate(log_a, kernel, theory.correlation_map(config), config.alpha, config.beta,
                            config.norm != "none", rescale=False)            # D has brought n along
     return np.array([kernel] + [sigma for _, sigma in blocks])
 
@@ -92,17 +92,17 @@ def report(config, tokens, vocabulary):
 
     And "kernels" and "predicted kernels" of the first window, (L + 1, T, T).
     """
-    constants = model.constants(config)
+    constants = theory.constants(config)
     init = jax.jit(model.init, static_argnums=(1, 2))
     keys = jax.random.split(jax.random.key(config.seed), INITIALISATIONS)
     measured = [measure(init(key, config, vocabulary), constants, tokens, jax.random.fold_in(key, 1), config) for key in keys]
     kernels, gradient_kernels = (np.concatenate(each) for each in zip(*measured))           # (inits x n, L + 1, T, T)
-    theory = None if config.attn == "softmax" else np.array([predicted(constants, window, config) for window in tokens])
+    expected = None if config.attn == "softmax" else np.array([predicted(constants, window, config) for window in tokens])
     say = lambda kernels: {f.__name__.replace("_", " "): f(kernels).mean(0) for f in (mean_square, mean_cosine, effective_rank)}
     out = say(kernels) | {"gradient norm": np.sqrt(config.width * config.length * mean_square(gradient_kernels)).mean(0),
                           "gradient cosine": mean_cosine(gradient_kernels).mean(0), "kernels": kernels[::len(tokens)].mean(0)}
-    return out if theory is None else \
-        out | {f"predicted {name}": values for name, values in say(theory).items()} | {"predicted kernels": theory[0]}
+    return out if expected is None else \
+        out | {f"predicted {name}": values for name, values in say(expected).items()} | {"predicted kernels": expected[0]}
 
 
 def rounded_rank(width, length, depth, dtype):

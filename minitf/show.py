@@ -5,7 +5,7 @@ import time
 
 import jax
 
-from . import model
+from . import model, theory
 
 
 def describe(config, params, corpus, out):
@@ -15,7 +15,7 @@ def describe(config, params, corpus, out):
     norms = "no norms" if config.norm == "none" else f"{config.norm} norms"
     target = {"espa": f", gamma {config.gamma:g}", "uspa": f", rho {config.rho:g}"}.get(config.attn, "")
     rescale = f", rescale {config.rescale}" if target else ""
-    phi = model.activation(config)
+    phi = theory.activation(config)
     shape = f"slope {phi.slope:.4f}" if phi.name.endswith("relu") else \
         f"{phi.output_scale:.3f} phi({phi.input_scale:.3f} x {phi.input_shift:+.3f}) {phi.output_scale * phi.output_shift:+.3f}"
     print(f"model       {config.depth} blocks, width {config.width}, {config.heads} heads, {skips}, {norms}: "

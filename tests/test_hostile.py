@@ -2,7 +2,6 @@
 
 MINITF_FUZZ=N makes N random cases of each kind.
 """
-import base64
 import json
 import os
 import random
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 
 import run
-from minitf import Config, checkpoint, data, decode, model, train
+from minitf import Config, checkpoint, data, model, theory, train
 from minitf.config import Sampling
 
 CASES = int(os.environ.get("MINITF_FUZZ", 150))
@@ -57,7 +56,7 @@ def test_command_lines(capsys, monkeypatch):
         train.require_memory(config, 1024)
         if config.depth * config.length**2 < 10**6:
             assert all(np.isfinite(each).all() or name == "bias"
-                       for name, each in model.constants(run.reachable(config)).items()), config
+                       for name, each in theory.constants(run.reachable(config)).items()), config
         configurations.append(config)
 
     monkeypatch.setattr(run, "train", all_but_training)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import t as student
 
-from minitf import Config, data, model, report, spa, train
+from minitf import Config, data, model, report, spa, theory, train
 from minitf.config import BLOCKS
 from run import DATA, ENCODING
 
@@ -40,7 +40,7 @@ block_stack = partial(attention_stack, part=model.block)
 
 def network(attn, seed, **changes):
     config = replace(SMALL, attn=attn, **changes)
-    return config, init(jax.random.key(seed), config, V), model.constants(config)
+    return config, init(jax.random.key(seed), config, V), theory.constants(config)
 
 
 def stirred(params, seed, size=0.3):
@@ -66,7 +66,7 @@ def test_attention_alone_makes_the_prescribed_kernels(attn, heads, seed, gamma, 
     config, params, _ = network(attn, seed % 8, heads=heads)
     target = replace(config, gamma=10**gamma, rho=rho)                     # constants are data: nothing to compile anew
     x = np.sqrt(D) * np.linalg.qr(np.random.default_rng(seed).normal(size=(D, D)))[0][:T].astype(np.float32)
-    after = np.asarray(attention_stack(params["blocks"], model.constants(target), x, config), float)
+    after = np.asarray(attention_stack(params["blocks"], theory.constants(target), x, config), float)
     schedule = spa.exponential_schedule(target.gamma, 4) if attn == "espa" else spa.uniform_schedule(rho, 4)
     for layer, y in enumerate(after, 1):
         sigma = (spa.exponential_kernel if attn == "espa" else spa.uniform_kernel)(schedule[layer], T)
@@ -81,7 +81,7 @@ def test_attention_does_not_depend_on_the_input(attn, seed, a, b):
         config, params, constants = network(attn, seed % 8)
         f = lambda x: np.asarray(attention_stack(params["blocks"], constants, jnp.asarray(x, jnp.float32), config))[0]
         x, y = np.random.default_rng(seed).normal(size=(2, T, D)) * 2
-        rowsum = np.exp(np.asarray(model.log_attentions(config, T) or [np.zeros((T, T))])[0]).sum(-1).max()
+        rowsum = np.exp(np.asarray(theory.log_attentions(config, T) or [np.zeros((T, T))])[0]).sum(-1).max()
         wrong = np.max(np.abs(f(a * x + b * y) - a * f(x) - b * f(y)))
         size = 10 * rowsum * (1 + abs(a) + abs(b))                         # entries of X reach 5 standard deviations of 2
         if linear:
@@ -150,7 +150,7 @@ def test_whole_networks_that_look_linear_make_the_prescribed_kernels(attn, seed,
     config, params, _ = network(attn, seed % 8, init="looks_linear", act="relu", transform="none")
     target = replace(config, gamma=10**gamma, rho=rho)
     x = np.sqrt(D) * np.linalg.qr(np.random.default_rng(seed).normal(size=(D, D)))[0][:T].astype(np.float32)
-    after = np.asarray(block_stack(params["blocks"], model.constants(target), x, config), float)
+    after = np.asarray(block_stack(params["blocks"], theory.constants(target), x, config), float)
     schedule = spa.exponential_schedule(target.gamma, 4) if attn == "espa" else spa.uniform_schedule(rho, 4)
     for layer, y in enumerate(after, 1):
         sigma = (spa.exponential_kernel if attn == "espa" else spa.uniform_kernel)(schedule[layer], T)
@@ -190,7 +190,7 @@ def test_bfloat16_stays_bfloat16(block, act, transform):
     config = Config(block=block, act=act, transform=transform, depth=14, width=D, length=T, repeat_rate=0.1, dtype="bfloat16",
                     zeta=1.1, init="orthogonal" if act == "tanh" else None)
     params = jax.eval_shape(lambda key: model.init(key, config, V), jax.random.key(0))
-    constants = jax.eval_shape(lambda: model.constants(config))
+    constants = jax.eval_shape(lambda: theory.constants(config))
     tokens = jax.ShapeDtypeStruct((2, T + 1), jnp.int32)
     logits = jax.eval_shape(lambda p, c, t: model.forward(p, c, t[:, 1:], config), params, constants, tokens)
     assert logits.dtype == jnp.bfloat16
@@ -203,7 +203,7 @@ def test_rematerialised_gradients_are_the_same(block):
     """--remat computes the same numbers again; a fused sum may round otherwise."""
     config = Config(block=block, transform="none", act="relu", depth=3, width=D, length=T, repeat_rate=0.1)
     params, tokens = stirred(init(jax.random.key(0), config, V), 1, 0.1), random_tokens(2, 2, T + 1)
-    gradient = jax.jit(jax.grad(lambda p, c: train.loss(p, model.constants(config), tokens, c)), static_argnums=1)
+    gradient = jax.jit(jax.grad(lambda p, c: train.loss(p, theory.constants(config), tokens, c)), static_argnums=1)
     for kept, again in zip(*map(jax.tree.leaves, (gradient(params, config), gradient(params, replace(config, remat=True))))):
         assert np.max(np.abs(kept - again)) <= 1e3 * EPS32 * np.max(np.abs(kept))
 
@@ -235,7 +235,7 @@ def limit(n, count):
 def reading(tokens, config, vocabulary):
     """A key -> kernels of a new initialisation: of the embedding, then after attention and after the MLP of each block,
     (2 L + 1, T, T)."""
-    constants = model.constants(config)
+    constants = theory.constants(config)
 
     @jax.jit
     def one(key):
@@ -257,10 +257,10 @@ def steps_from_theory(width, samples, config):
     tokens, config = tokens[1000:1000 + config.length].astype(np.int32), replace(config, width=width)
     one = reading(tokens, config, vocabulary)
     measured = np.array([one(key) for key in jax.random.split(jax.random.key(7), samples)], float)
-    constants, still = model.constants(config), model.log_attentions(replace(config, attn="vskip"), config.length)
+    constants, still = theory.constants(config), theory.log_attentions(replace(config, attn="vskip"), config.length)
     log_a = [spa.rescale_and_bias(each)[1] + np.log(np.asarray(rescale, float))[:, None]        # the network's own D
-             for each, rescale in zip(model.log_attentions(config, config.length), constants["rescale"])] if constants else still
-    correlation_map = model.activation(config).correlation_map
+             for each, rescale in zip(theory.log_attentions(config, config.length), constants["rescale"])] if constants else still
+    correlation_map = theory.activation(config).correlation_map
 
     def half(layer, kernel):
         """Attention without the MLP, then the MLP alone: each half of a block by the recursion of the whole."""
@@ -268,10 +268,10 @@ def steps_from_theory(width, samples, config):
         (_, kernel), = spa.propagate([parts[0][layer // 2]], kernel, parts[1], config.alpha, config.beta, rescale=False)
         return kernel
 
-    start = model.initial_kernel(config, len(tokens), tokens[:, None] == tokens)
-    theory = np.array([[start] + [half(layer, kernel) for layer, kernel in enumerate(each[:-1])] for each in measured])
-    scale = np.sqrt(np.diagonal(theory, axis1=-2, axis2=-1))
-    return (measured - theory) / (scale[..., :, None] * scale[..., None, :])
+    start = theory.initial_kernel(config, len(tokens), tokens[:, None] == tokens)
+    expected = np.array([[start] + [half(layer, kernel) for layer, kernel in enumerate(each[:-1])] for each in measured])
+    scale = np.sqrt(np.diagonal(expected, axis1=-2, axis2=-1))
+    return (measured - expected) / (scale[..., :, None] * scale[..., None, :])
 
 
 REAL = Config(block="paper", depth=14, width=16, heads=2, length=16, repeat_rate=0.02)     # the least depth, nearly, that reaches eta = 0.9
@@ -305,7 +305,7 @@ def test_the_error_falls_with_the_width_as_derived():
     """
     config = replace(REAL, attn="espa")
     tokens = corpus()[0][1000:1000 + T]
-    slope = model.activation(config).slope
+    slope = theory.activation(config).slope
     k = ((1 - slope**2) / (1 + slope**2))**2
     for width, samples in ((16, SAMPLES), (64, SAMPLES // 3)):
         errors = steps_from_theory(width, samples, config)
@@ -330,9 +330,9 @@ def test_whole_networks_make_the_predicted_kernels(attn):
         one = jax.jit(lambda key: reading(tokens(key), config, 4)(key)[::2])
         return np.array([one(key) for key in jax.random.split(jax.random.key(3), samples)], float)
 
-    theory = np.array([model.initial_kernel(config, T)] + [kernel for _, kernel in model.predict(config, model.initial_kernel(config, T))])
-    assert np.allclose(np.diagonal(theory, axis1=1, axis2=2), 1)
-    z = scores(kernels(config) - theory)                                   # (L + 1, T, T)
+    expected = np.array([theory.initial_kernel(config, T)] + [kernel for _, kernel in theory.predict(config, theory.initial_kernel(config, T))])
+    assert np.allclose(np.diagonal(expected, axis1=1, axis2=2), 1)
+    z = scores(kernels(config) - expected)                                   # (L + 1, T, T)
     assert np.max(np.abs(z)) <= limit(samples, z.size)
     if attn != "vskip":
         assert kernels(replace(config, rescale="plain")).mean(0)[-1, -1, -1] > 1.5

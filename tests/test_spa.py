@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minitf import Config, model, spa
+from minitf import Config, spa, theory
 from minitf.activations import leaky_correlation
 
 EPS, EPS32 = np.finfo(np.float64).eps, np.finfo(np.float32).eps
@@ -151,8 +151,8 @@ def test_products_map_every_kernel_to_every_later_one(schedule, data):
 
 @given(st.sampled_from(["espa", "uspa"]), depths, gammas, rhos, lengths)
 def test_the_network_asks_for_this_schedule(attn, depth, gamma, rho, length):
-    """model.log_attentions: L matrices, whose product takes I to the kernel that the configuration names."""
-    matrices = model.log_attentions(Config(depth=depth, attn=attn, gamma=gamma, rho=rho), length)
+    """theory.log_attentions: L matrices, whose product takes I to the kernel that the configuration names."""
+    matrices = theory.log_attentions(Config(depth=depth, attn=attn, gamma=gamma, rho=rho), length)
     assert len(matrices) == depth
     product = np.eye(length)
     for log_a in matrices:
@@ -227,8 +227,8 @@ def test_uniform_attention_from_the_repeats_on_needs_no_correction(depth, rho, l
 def test_the_constants_hold_repeats_down(attn, gamma, rho, r, length):
     """In the first layer n^2 = 1 - r + r rowsum^2 for any A that takes I to a unit diagonal: D = rowsum / n."""
     config = Config(depth=2, attn=attn, gamma=gamma, rho=rho, repeat_rate=r, length=length, position="none")
-    rowsum = np.exp(model.log_attentions(config, length)[0]).sum(-1)
-    rescale = np.asarray(model.constants(config)["rescale"][0])
+    rowsum = np.exp(theory.log_attentions(config, length)[0]).sum(-1)
+    rescale = np.asarray(theory.constants(config)["rescale"][0])
     assert np.allclose(rescale, rowsum / np.sqrt(1 - r + r * rowsum**2), rtol=4 * EPS32)
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minitf import Config, data, model, train
+from minitf import Config, data, model, theory, train
 from run import DATA, ENCODING
 
 SHAPE = dict(depth=14, width=16, heads=2, length=16, batch=8)
@@ -33,7 +33,7 @@ def losses(steps, **flags):
     config = Config(**SHAPE, steps=steps, repeat_rate=0.012, **flags)
     encoding = data.load_encoding(str(ENCODING))
     tokens = data.load(str(DATA), encoding, config.length).train
-    params, constants = model.init(jax.random.key(config.seed), config, encoding.n_vocab), model.constants(config)
+    params, constants = model.init(jax.random.key(config.seed), config, encoding.n_vocab), theory.constants(config)
     opt_state, out = train.make_optimizer(config).init(params), []
     for step in range(steps):
         batch = data.batch(tokens, config.length, config.batch, config.seed, step)
