@@ -56,11 +56,12 @@ def main():
                 q, k, v, cotangent = (scale * rng.normal(size=(arguments.length, FEATURES)) for scale in (size, size, 1, 1))
                 decay = jnp.array(spa.exponential_decay(gammas[layer - 1], gammas[layer]), jnp.float32)
                 rescale = jnp.asarray(spa.exponential_attend(gammas[layer - 1], gammas[layer], np.ones((arguments.length, 1)))[:, 0], jnp.float32)
-                rounded = [jnp.asarray(x, jnp.bfloat16)[None, :, None] for x in (q, k, v, cotangent)]
-                out, pull = jax.vjp(lambda *x: flash.attend(*x, decay, rescale, interpret), *rounded[:3])
-                got = [np.asarray(x[0, :, 0], float) for x in (out, *pull(rounded[3]))]
-                exact = [np.asarray(x[0, :, 0], float) for x in rounded]
-                wanted = reference(*exact[:3], np.asarray(decay, float), np.asarray(rescale, float), exact[3])
+                rounded = jnp.asarray(np.stack([q, k, v, cotangent], 1), jnp.bfloat16)[None, :, :, None]     # (1, T, 4, 1, k)
+                out, pull = jax.vjp(lambda qkv: flash.attend(qkv, decay, rescale, interpret), rounded[:, :, :3])
+                gradient, = pull(rounded[:, :, 3])
+                got = [np.asarray(x[0, :, 0], float) for x in (out, *jnp.moveaxis(gradient, 2, 0))]
+                *exact, cotangent = np.asarray(rounded[0, :, :, 0], float).swapaxes(0, 1)
+                wanted = reference(*exact, np.asarray(decay, float), np.asarray(rescale, float), cotangent)
                 errors = [np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-300) * 2**9 for a, b in zip(got, wanted)]
                 print(f"| {gamma:g} | {layer} | {size:g} | " + " | ".join(f"{error:.2f}" for error in errors) + " |", flush=True)
 

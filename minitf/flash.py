@@ -136,24 +136,24 @@ def backward_kernel(decay_ref, reach_ref, lse_ref, inner_ref, qkv_ref, g_ref, d_
 # --- Calling them -----------------------------------------------------------------------------------------------------------
 
 def call(kernel, shape, block, inputs, outputs, interpret, stages):
-    """A pallas_call over blocks of positions, sequences and heads, for qkv of a shape; inputs: what they are, in words, those
-    with a * in blocks, the others whole along positions; outputs: [(what, dtype)], in blocks."""
+    """A pallas_call over blocks of positions, sequences and heads, for qkv of a shape. inputs: what they are, each whole
+    along positions, or with a * before it in blocks; outputs: [(what, dtype)], in blocks."""
     batch, length, _, heads, features = shape
     shapes = dict(row=(batch, heads, length), out=(batch, length, heads, features), qkv=shape)
 
-    def specification(name, size, i):
-        """What a program sees: `size` positions, the block of number i(its own block's number)."""
+    def specification(name, size, at):
+        """What a program sees of an array: `size` positions of one head, of its block number i those at number at(i)."""
         return {
-            "decay": pl.BlockSpec((3,), lambda n, b, h: (0,)),
-            "reach": pl.BlockSpec((None, 1), lambda n, b, h: (b, h)),
-            "rescale": pl.BlockSpec((size,), lambda n, b, h: (i(n),)),
-            "row": pl.BlockSpec((None, None, size), lambda n, b, h: (b, h, i(n))),
-            "out": pl.BlockSpec((None, size, None, features), lambda n, b, h: (b, i(n), h, 0)),
-            "qkv": pl.BlockSpec((None, size, 3, None, features), lambda n, b, h: (b, i(n), 0, h, 0)),
+            "decay": pl.BlockSpec((3,), lambda i, b, h: (0,)),
+            "reach": pl.BlockSpec((None, 1), lambda i, b, h: (b, h)),
+            "rescale": pl.BlockSpec((size,), lambda i, b, h: (at(i),)),
+            "row": pl.BlockSpec((None, None, size), lambda i, b, h: (b, h, at(i))),
+            "out": pl.BlockSpec((None, size, None, features), lambda i, b, h: (b, at(i), h, 0)),
+            "qkv": pl.BlockSpec((None, size, 3, None, features), lambda i, b, h: (b, at(i), 0, h, 0)),
         }[name]
 
-    in_block = lambda name: specification(name, block, lambda n: n)
-    whole = lambda name: specification(name, length, lambda n: 0)
+    in_block = lambda name: specification(name, block, lambda i: i)
+    whole = lambda name: specification(name, length, lambda i: 0)
     return pl.pallas_call(
         kernel, grid=(length // block, batch, heads), interpret=interpret,
         in_specs=[in_block(name[1:]) if name.startswith("*") else whole(name) for name in inputs.split()],
@@ -184,7 +184,7 @@ def gradients(interpret, saved, g):
     """The gradient of qkv; decay and rescale are constants."""
     constants, rescale, qkv, out, lse = saved
     batch, length, heads, features = g.shape
-    inner = jnp.einsum("bthk,bthk->bht", g, out, preferred_element_type=jnp.float32)
+    inner = jnp.einsum("bthk,bthk->bht", g, out, preferred_element_type=jnp.float32)        # out has D in it, inner / D not
     kernel = call(partial(backward_kernel, scale=LOG2E / features**0.5), qkv.shape, BLOCK, "decay reach row row qkv out",
                   [("qkv", qkv.dtype)], interpret, 2)
     d, = kernel(*constants, lse, padded(inner, lse.shape) / rescale, qkv, padded(g, (*qkv.shape[:2], heads, qkv.shape[-1])))

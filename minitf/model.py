@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from . import activations, flash
 from .theory import activation, sinusoids
 
-STRAIGHT = 48                             # blocks that an accelerator runs as a straight program instead of a loop
+STRAIGHT = 48                             # blocks that a GPU runs as a straight program instead of a loop
 KEPT = "halfway", "hidden"                # of a block in a loop: X^, and what its activation is given
 SHORT = 1024                              # tokens up to which our kernel, measured at 512, beats cuDNN's at plain attention
 
@@ -33,12 +33,17 @@ def forward(params, constants, tokens, config):
 
 
 def runs_straight(config):
-    """Whether the blocks are one straight program instead of a loop: on an accelerator, unless they are many.
+    """Whether the blocks are one straight program instead of a loop: where `attend` makes no T x T array, unless they are many.
 
     A loop copies all that the backward pass needs into one array, so little is kept there (KEPT; --remat: x alone) and
     the rest made again, which takes a CPU less time than the copies. Its compilation takes no more time for more blocks.
     """
-    return jax.default_backend() != "cpu" and config.depth <= STRAIGHT and not config.remat
+    return attends_fused(config) and config.depth <= STRAIGHT and not config.remat
+
+
+def attends_fused(config):
+    """Whether attention is left to kernels that make no T x T logits: bfloat16 on a GPU, with features a head in eights."""
+    return jax.default_backend() == "gpu" and compute_dtype(config) == "bfloat16" and config.width // config.heads % 8 == 0
 
 
 def embed(params, tokens, config, start=0):
@@ -96,10 +101,9 @@ def merge(v, attended, weights, config):
 def attend(qkv, constants, config):
     """Section 3, over whole sequences: qkv (B, T, 3, H, k) -> what each head attends to, (B, T, H, k).
 
-    `softmax_attention` says what is computed. On a GPU, bfloat16 is left to kernels that make no T x T logits.
+    `softmax_attention` says what is computed, by whichever kernel.
     """
-    qkv, length = turn(qkv, config), qkv.shape[1]
-    fused = jax.default_backend() == "gpu" and qkv.dtype == jnp.bfloat16 and qkv.shape[-1] % 8 == 0
+    qkv, length, fused = turn(qkv, config), qkv.shape[1], attends_fused(config)
     if fused and flash.triton and not constants and length <= SHORT:                        # no decay, D = 1
         return flash.attend(qkv, jnp.zeros(3), jnp.ones(length))
     if fused and flash.triton and "decay" in constants:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minitf import flash, model, spa
+from minitf import Config, flash, model, spa, theory
 
 EPS32 = np.finfo(np.float32).eps
 exponential_pairs = st.tuples(st.floats(-5, 1), st.one_of(st.just(np.inf), st.floats(-6, 3))).map(
@@ -102,3 +102,23 @@ def test_the_kernel_can_be_lowered_for_a_gpu():
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)):
         lowered = jax.jit(gradient).trace(qkv, array(3), array(200)).lower(lowering_platforms=("cuda",))
     assert lowered.as_text().count("forward_kernel") and lowered.as_text().count("backward_kernel")
+
+
+@pytest.mark.parametrize("attn", ["espa", "softmax"])
+def test_the_network_gives_the_kernel_what_it_gives_the_specification(attn, monkeypatch):
+    """As on a GPU, but in float32 and interpreted: two sequences through four blocks, with parameters that all matter.
+
+    Each block rounds sums of up to 4 d terms a few times; nothing in a chain at mean square 1 makes that grow much.
+    """
+    config = Config(depth=4, width=64, heads=2, length=72, attn=attn, repeat_rate=0.01, dtype="float32")
+    key = iter(jax.random.split(jax.random.key(0), 100))
+    params = jax.tree.map(lambda w: w + 0.3 / np.sqrt(config.width) * jax.random.normal(next(key), w.shape), model.init(next(key), config, 50))
+    tokens, constants = jax.random.randint(next(key), (2, config.length), 0, 50), theory.constants(config)
+    expected = model.forward(params, constants, tokens, config)
+    calls = []
+    attend = flash.attend
+    monkeypatch.setattr(flash, "attend", lambda *inputs, **constants: calls.append(1) or attend(*inputs, **constants, interpret=True))
+    monkeypatch.setattr(model, "attends_fused", lambda config: True)
+    got = model.forward(params, constants, tokens, config)
+    assert calls and np.max(np.abs(expected)) > 0.1
+    assert np.max(np.abs(got - expected)) <= 16 * config.depth * 2 * np.sqrt(config.width) * EPS32 * np.max(np.abs(expected))
