@@ -174,12 +174,14 @@ def test_causal(attn, seed, position):
     assert not np.allclose(one, forward(silenced, constants, tokens, config), rtol=1e-3)
 
 
-@given(st.sampled_from(["softmax", *SILENT]), seeds, st.permutations(range(4)))
-def test_permuting_the_batch_permutes_the_outputs(attn, seed, order):
+@given(st.sampled_from(["softmax", *SILENT]), seeds, st.integers(2, 5))
+def test_a_batch_gives_what_each_of_its_sequences_gives_alone(attn, seed, size):
+    """In whatever company: to the rounding of products of other shapes, in four blocks of sums of 4 d terms at most."""
     config, params, constants = network(attn, seed % 8)
-    params, tokens = stirred(params, seed, 0.1), random_tokens(seed, 4, T)
-    batch = lambda tokens: np.asarray(jax.vmap(forward, (None, None, 0, None))(params, constants, tokens, config))
-    assert np.allclose(batch(tokens[list(order)]), batch(tokens)[list(order)], rtol=1e-4, atol=1e-4)
+    params, tokens = stirred(params, seed, 0.1), random_tokens(seed, size, T)
+    together = np.asarray(forward(params, constants, tokens, config))
+    alone = np.array([forward(params, constants, each, config) for each in tokens])
+    assert together.shape == (size, T, V) and np.max(np.abs(together - alone)) <= 1e-4 * np.max(np.abs(alone))
 
 
 @pytest.mark.parametrize("act, transform", [("relu", "none"), ("leaky_relu", "dks"), ("gelu", "none"), ("tanh", "none")])
