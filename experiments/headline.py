@@ -87,7 +87,7 @@ TRIALS = {
 STAGES = {
     "tune": {},
     "seeds": {name: dict(seeds=(1, 2)) for name in CONTENDERS},
-    "longer": {"vanilla espa Muon": dict(steps=(1.3, 4), seeds=(0,)), "Pre-LN Muon": dict(steps=(4,), seeds=(0,)),
+    "longer": {"vanilla espa Muon": dict(steps=(4,), seeds=(0,)), "Pre-LN Muon": dict(steps=(4,), seeds=(0,)),
                "paper espa Muon": dict(steps=(1.3, 2), seeds=(0,)), "paper espa AdamW": dict(steps=(2, 5), seeds=(0,))},
     "pace": {"vanilla espa Muon": dict(steps=(1.3,), seeds=(0, 1, 2))},
     "wide": {name: dict(seeds=(0, 1, 2), width=512, heads=8) for name in CONTENDERS},
@@ -194,8 +194,8 @@ def report():
     best = {name: next(run for run in tuning if lane_of(run) == tuned(name)) for name, tuning in trials.items()}
     lines += [f"| {name} | {len(tuning)} | {rates(best[name])} | {loss(best[name])} |" for name, tuning in trials.items()]
     lines += ["", "Other seeds, widths and lengths (at width 512, rates divided by sqrt(2)):", "",
-              "| run | rates | steps | width | seed | held out |", "| --- | --- | --- | --- | --- | --- |"]
-    lines += [f"| {run['name']} | {rates(run)} | {run['flags']['steps']} | {run['flags']['width']} | {run['seed']} | {loss(run)} |"
+              "| stage | run | rates | steps | width | seed | held out |", "| --- |" + " --- |" * 6]
+    lines += [f"| {run['stage']} | {run['name']} | {rates(run)} | {run['flags']['steps']} | {run['flags']['width']} | {run['seed']} | {loss(run)} |"
               for run in runs if run["stage"] != "tune"]
     lines += ["", "Every trial, nats a token:", ""]
     lines += [f"- {name}: " + "; ".join(f"{rates(run)}: {run['held_out']:.3f}" for run in tuning) for name, tuning in trials.items()]

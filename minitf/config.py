@@ -59,7 +59,7 @@ class Config:
     optimizer: str | None = flag(None, "optimizer", "muon", "adamw")
     learning_rate: float | None = flag(None, "peak learning rate; default: what suits block, optimizer and size",
                                        above=0)
-    ends: float | None = flag(None, "multiplies it for embeddings and head; default: likewise", above=0)
+    ends: float | None = flag(None, "multiplies it for embeddings, positions, final gain and head; default: likewise", above=0)
     qk: float | None = flag(None, "multiplies it for queries and keys; default: likewise", above=0)
     vo: float | None = flag(None, "multiplies it for values and outputs; default: likewise", above=0)
     warmup: int | None = flag(None, "steps of linear warm-up; default: a twentieth of the steps", low=0)

@@ -1,4 +1,4 @@
-"""Exponential signal-preserving attention without a T x T array: kernels for NVIDIA GPUs, in Pallas.
+"""Exponential signal-preserving attention without a T x T array: kernels for NVIDIA GPUs, in Pallas. Without decay: plain.
 
 A row of log A, less a constant of the row, is a decay with distance, -slope |i - j|, and two exceptions: the first key
 and the own one (spa.exponential_decay). So the bias is made where it is used, and memory is O(T). The decay also says
@@ -41,6 +41,7 @@ def reach(qkv, decay):
 
     Key j has at most exp(2 M - slope (i - j)) times the weight of the own one, where |logits| <= M = |q| |k| / sqrt(d_k)
     for the longest query and key; all those further back than n have together exp(2 M - slope n) / (1 - exp(-slope)).
+    Without a slope that is infinite: all are seen.
     """
     squares = jnp.max(jnp.sum(jnp.square(qkv[:, :, :VALUE].astype(jnp.float32)), -1), 1)    # (B, 2, H)
     slope, first, _ = decay
@@ -66,7 +67,7 @@ dot = partial(jnp.dot, preferred_element_type=jnp.float32)
 
 
 def forward_kernel(decay_ref, reach_ref, rescale_ref, qkv_ref, out_ref, lse_ref, *, scale):
-    """A block of queries: out, and the log of the row's sum of weights over D, relative to the own key's distance 0."""
+    """A block of queries: out, and the log of the row's sum of weights over D, for logits with -slope (i - j) in them."""
     size, block = out_ref.shape[0], BLOCK
     begin = pl.program_id(0) * size
     q = qkv_ref[pl.ds(begin, size), QUERY, :]

@@ -16,7 +16,7 @@ from .theory import activation, sinusoids
 
 STRAIGHT = 48                             # blocks that a GPU runs as a straight program instead of a loop
 KEPT = "halfway", "hidden"                # of a block in a loop: X^, and what its activation is given
-SHORT = 1024                              # tokens up to which our kernel, measured at 512, beats cuDNN's at plain attention
+SHORT = 512                               # tokens at which our kernel beats cuDNN's at plain attention; more were not measured
 
 
 # --- The forward pass -------------------------------------------------------------------------------------------------------
@@ -42,8 +42,10 @@ def runs_straight(config):
 
 
 def attends_fused(config):
-    """Whether attention is left to kernels that make no T x T logits: bfloat16 on a GPU, with features a head in eights."""
-    return jax.default_backend() == "gpu" and compute_dtype(config) == "bfloat16" and config.width // config.heads % 8 == 0
+    """Whether attention is left to kernels that make no T x T logits: bfloat16 on a GPU, for what these can do."""
+    features, ours = config.width // config.heads, flash.triton and config.attn == "espa"
+    able = features % 8 == 0 and features <= 128 and (ours or config.length % 2 == 0)       # cuDNN's limits with a bias
+    return jax.default_backend() == "gpu" and compute_dtype(config) == "bfloat16" and able
 
 
 def embed(params, tokens, config, start=0):

@@ -78,7 +78,8 @@ def constants(config):
     if config.attn == "espa":
         rows = [spa.exponential_attend(*pair, np.ones((length, 1)))[:, 0] for pair in schedule(config)]
         made = {"decay": np.array([spa.exponential_decay(*pair) for pair in schedule(config)])}
-        if config.position != "sinusoidal":                       # what a position sees is level, to exp(-16) = 1e-7
+        # What a position sees is level, to exp(-16) = 1e-7; where EXACT_LENGTH comes first, to a percent of D or so over the depth.
+        if config.position != "sinusoidal":
             exact = min(exact, ceil(16 / config.gamma))
     else:
         rows, bias = zip(*(spa.rescale_and_bias(log_a) for log_a in log_attentions(config, length)))

@@ -76,8 +76,9 @@ def steer(updates, params, rate, ends, qk, vo, orthogonality):
     """The optimizer's updates times `rate`, and times `ends`, `qk` or `vo` where these apply, with a pull toward orthogonal
     matrices (None: without).
 
-    What limits the rate of blocks is that the changes of all of them add up. Embeddings and head stand once in the network,
-    and queries and keys not in the product of matrices that a signal passes: they may learn faster.
+    What limits the rate of blocks is that the changes of all of them add up. The ends (embeddings, positions, final gain, head)
+    stand once in the network, and queries and keys not in the product of matrices that a signal passes: they may learn
+    faster. Values and outputs do stand there, and do better at a lower rate than the MLPs.
     """
     multiples = dict(query=qk, key=qk, value=vo, output=vo, embed=ends, position=ends, norm=ends, head=ends)
 
