@@ -176,12 +176,17 @@ def test_causal(attn, seed, position):
 
 @given(st.sampled_from(["softmax", *SILENT]), seeds, st.integers(2, 5))
 def test_a_batch_gives_what_each_of_its_sequences_gives_alone(attn, seed, size):
-    """In whatever company: to the rounding of products of other shapes, in four blocks of sums of 4 d terms at most."""
+    """In whatever company: to the rounding of products of other shapes, which is six sums of up to 4 d terms in each block.
+
+    How much of that arrives at the end depends on the drawn weights: as much as of an equal noise in the embeddings.
+    """
     config, params, constants = network(attn, seed % 8)
-    params, tokens = stirred(params, seed, 0.1), random_tokens(seed, size, T)
+    params, tokens = stirred(params, seed, 0.05), random_tokens(seed, size, T)
     together = np.asarray(forward(params, constants, tokens, config))
     alone = np.array([forward(params, constants, each, config) for each in tokens])
-    assert together.shape == (size, T, V) and np.max(np.abs(together - alone)) <= 1e-4 * np.max(np.abs(alone))
+    noise = 6 * config.depth * np.sqrt(4 * D) * EPS32 * np.random.default_rng(seed).choice([-1, 1], (V, D)).astype(np.float32)
+    arrives = np.max(np.abs(forward({**params, "embed": params["embed"] * (1 + noise)}, constants, tokens, config) - together))
+    assert together.shape == (size, T, V) and np.max(np.abs(together - alone)) <= 2 * arrives < 0.1 * np.max(np.abs(together))
 
 
 @pytest.mark.parametrize("act, transform", [("relu", "none"), ("leaky_relu", "dks"), ("gelu", "none"), ("tanh", "none")])
