@@ -18,7 +18,7 @@ import numpy as np
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from minitf import Config, model, theory                                               # noqa: E402
+from minitf import Config, model, theory                                       # noqa: E402
 
 NETWORKS = {                                                                   # name: flags
     "looks linear (--block vanilla)": dict(block="vanilla"),

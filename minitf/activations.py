@@ -47,7 +47,7 @@ class Activation:
 
     def __call__(self, x):
         """In the network: any shape, elementwise, in x's own dtype."""
-        if self.name in SLOPES:                          # scaled before it bends: a GPU's matrix product can do both
+        if self.name in SLOPES:                          # scaled first: max(c x, 0) can be part of the next product
             y = leaky(self.output_scale * x, self.slope)
             return y + self.output_scale * self.output_shift if self.output_shift else y
         smooth = jax.checkpoint(SMOOTH[self.name][1])        # the backward pass keeps its input, not its many steps

@@ -1,4 +1,4 @@
-"""The network: parameters, constants, and the forward pass of one sequence.
+"""The network: its forward pass and its parameters.
 
 Shapes: T tokens, d = width, H heads, k = d / H, V = vocabulary, L = depth. Weights are (in, out), applied as x @ W.
 N = T for one sequence; a batch is its sequences one after the other, N = B T rows, which only attention tells apart.
@@ -106,10 +106,9 @@ def attend(qkv, constants, config):
     `softmax_attention` says what is computed, by whichever kernel.
     """
     qkv, length, fused = turn(qkv, config), qkv.shape[1], attends_fused(config)
-    if fused and flash.triton and not constants and length <= SHORT:                        # no decay, D = 1
-        return flash.attend(qkv, jnp.zeros(3), jnp.ones(length))
-    if fused and flash.triton and "decay" in constants:
-        return flash.attend(qkv, **constants)
+    plain = dict(decay=jnp.zeros(3), rescale=jnp.ones(length)) if length <= SHORT else {}
+    if fused and flash.triton and "decay" in (constants or plain):
+        return flash.attend(qkv, **(constants or plain))
     return softmax_attention(*unstack(qkv), **constants, fused=fused)
 
 

@@ -339,7 +339,7 @@ def test_whole_networks_make_the_predicted_kernels(attn):
 
     expected = np.array([theory.initial_kernel(config, T)] + [kernel for _, kernel in theory.predict(config, theory.initial_kernel(config, T))])
     assert np.allclose(np.diagonal(expected, axis1=1, axis2=2), 1)
-    z = scores(kernels(config) - expected)                                   # (L + 1, T, T)
+    z = scores(kernels(config) - expected)                                 # (L + 1, T, T)
     assert np.max(np.abs(z)) <= limit(samples, z.size)
     if attn != "vskip":
         assert kernels(replace(config, rescale="plain")).mean(0)[-1, -1, -1] > 1.5
