@@ -66,16 +66,20 @@ TRIALS = {
     + around(lane(5e-4, 62.0, 16.0, orthogonality=0.2, gamma=0.1, vo=0.5), dict(ends=124.0), dict(ends=88.0, qk=11.0), dict(ends=88.0, vo=0.25),
              dict(ends=88.0, gamma=0.05), dict(learning_rate=3.5e-4, ends=88.0), dict(learning_rate=3.5e-4, ends=176.0),
              dict(learning_rate=7e-4, ends=88.0, vo=0.25)),
-    "vanilla espa AdamW": grid((5e-5, 1e-4, 2e-4), (64.0,), (8.0, 32.0)) + [lane(1e-4, 256.0, 16.0), lane(1e-4, 64.0, 2.0), lane(2e-4, 16.0, 16.0)],
+    "vanilla espa AdamW": grid((5e-5, 1e-4, 2e-4), (64.0,), (8.0, 32.0)) + [lane(1e-4, 256.0, 16.0), lane(1e-4, 64.0, 2.0), lane(2e-4, 16.0, 16.0)]
+    + around(lane(1e-4, 256.0, 16.0, orthogonality=0.2, gamma=0.05, vo=0.5), dict(learning_rate=1.6e-4), dict(ends=512.0), dict(qk=8.0),
+             dict(orthogonality=0.5), dict(vo=1.0)),
     "vanilla softmax Muon": grid((2e-4, 3.5e-4), (44.0,)),
     "paper espa Muon": grid((2.5e-4, 5e-4, 1e-3), (1.0, 4.0, 16.0)),
     "paper espa AdamW": grid((5e-5, 1e-4, 2e-4), (1.0, 4.0, 16.0)),
     "paper uspa AdamW": grid((5e-5, 1e-4), (16.0,)),
     "paper vskip AdamW": grid((5e-5, 1e-4), (16.0,)),
     "paper softmax AdamW": grid((5e-5, 1e-4), (16.0,)),
-    "weighted espa Muon": grid((2e-3, 4e-3), (8.0,), (1.0, 4.0)) + [lane(1e-3, 16.0, 4.0)],
+    "weighted espa Muon": grid((2e-3, 4e-3), (8.0,), (1.0, 4.0)) + [lane(1e-3, 16.0, 4.0)]
+    + around(lane(2e-3, 16.0, 4.0, gamma=0.05), dict(qk=8.0), dict(ends=32.0), dict(vo=0.5), dict(orthogonality=0.02)),
     "weighted softmax Muon": grid((1.5e-3, 3e-3), (8.0,), (1.0, 4.0)) + [lane(3e-3, 24.0)],
-    "weighted espa AdamW": grid((5e-4, 1e-3, 2e-3), (8.0,)),
+    "weighted espa AdamW": grid((5e-4, 1e-3, 2e-3), (8.0,))
+    + around(lane(1e-3, 64.0, 4.0, gamma=0.05), dict(qk=1.0), dict(learning_rate=2e-3), dict(ends=128.0), dict(vo=0.5)),
     "Pre-LN Muon": grid((2e-3, 4e-3, 8e-3), (1.0, 4.0, 16.0)) + [lane(8e-3, 64.0), lane(1.6e-2, 16.0), lane(8e-3, 16.0, 4.0), lane(4e-3, 64.0)]
     + around(lane(6e-3, 16.0), dict(learning_rate=1.1e-2), dict(learning_rate=8e-3, ends=32.0), dict(learning_rate=8e-3, ends=8.0),
              dict(learning_rate=8e-3, qk=0.5), dict(learning_rate=8e-3, vo=0.5), dict(learning_rate=8e-3, vo=2.0),
@@ -83,12 +87,16 @@ TRIALS = {
     "Pre-LN AdamW": grid((1e-3, 2e-3, 4e-3), (1.0, 4.0, 16.0)) + [lane(5e-4, 16.0), lane(5e-4, 64.0), lane(1e-3, 64.0), lane(1e-3, 16.0, 4.0)],
 }
 
-# Stages but the first take a contender's best trial, with other seeds, widths and lengths: times the steps of a shorter run.
+# Stages but the first take a contender's best trial, with other seeds, widths and lengths (times the steps of a shorter run), and
+# with changes to it.
 STAGES = {
     "tune": {},
     "seeds": {name: dict(seeds=(1, 2)) for name in CONTENDERS},
-    "longer": {"vanilla espa Muon": dict(steps=(4,), seeds=(0,)), "Pre-LN Muon": dict(steps=(4,), seeds=(0,)),
+    "longer": {"vanilla espa Muon": dict(steps=(4, 5.2), seeds=(0,)), "Pre-LN Muon": dict(steps=(4,), seeds=(0,)),
                "paper espa Muon": dict(steps=(1.3, 2), seeds=(0,)), "paper espa AdamW": dict(steps=(2, 5), seeds=(0,))},
+    "tune longer": {"vanilla espa Muon": dict(steps=(4,), seeds=(0,), changes=(
+        dict(gamma=0.03), dict(learning_rate=2.5e-4), dict(learning_rate=1e-3), dict(qk=48.0), dict(ends=30.0), dict(vo=1.0),
+        dict(orthogonality=1.0), dict(gamma=0.03, qk=48.0)))},
     "pace": {"vanilla espa Muon": dict(steps=(1.3,), seeds=(0, 1, 2))},
     "wide": {name: dict(seeds=(0, 1, 2), width=512, heads=8) for name in CONTENDERS},
     "wide pace": {"vanilla espa Muon": dict(steps=(1.3,), seeds=(0, 1, 2), width=512, heads=8)},
@@ -104,8 +112,8 @@ def stage_runs(stage, name):
     best, width = tuned(name), how.get("width", shape["width"])
     best = best | dict(learning_rate=best["learning_rate"] * (shape["width"] / width)**0.5)
     shape = shape | dict(width=width, heads=how.get("heads", shape["heads"]))
-    return [(shape | dict(steps=round(shape["steps"] * multiple)), [best | dict(seed=seed) for seed in how["seeds"]])
-            for multiple in how.get("steps", (1,))]
+    lanes = [best | change | dict(seed=seed) for change in how.get("changes", ({},)) for seed in how["seeds"]]
+    return [(shape | dict(steps=round(shape["steps"] * multiple)), lanes) for multiple in how.get("steps", (1,))]
 
 
 def tuned(name):

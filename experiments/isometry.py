@@ -40,7 +40,7 @@ def singular_values(config, seed=0):
         jacobian = jax.jacrev(after)(x[-1]) @ jacobian
         return (model.block(x, *layer, config), jacobian), jacobian
 
-    _, jacobians = jax.lax.scan(step, (x, jnp.eye(config.width)), (params["blocks"], constants))
+    _, jacobians = jax.lax.scan(step, (x, jnp.eye(config.width)), model.layers(params, constants, config))
     return np.linalg.svd(np.asarray(jacobians, float), compute_uv=False)
 
 

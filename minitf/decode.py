@@ -28,9 +28,9 @@ def decode(params, constants, cache, tokens, start, config):
     x = model.embed(params, tokens, config, start)                                          # (S, d)
     own = {name: table if name == "decay" else jax.lax.dynamic_slice_in_dim(table, start, len(tokens), 1)
            for name, table in constants.items()}                                            # the new positions' rows
-    layers = params["blocks"], own, jnp.arange(config.depth)
+    layers = *model.layers(params, own, config), jnp.arange(config.depth)
     (x, cache), _ = jax.lax.scan(lambda state, layer: (block(*state, *layer, start, config), None), (x, cache), layers)
-    return model.unembed(params, x, config).astype(jnp.float32), cache
+    return model.unembed(params, model.norm(x, params, "norm", config)).astype(jnp.float32), cache
 
 
 def block(x, cache, weights, constants, layer, start, config):
@@ -38,7 +38,6 @@ def block(x, cache, weights, constants, layer, start, config):
 
     constants: bias (S, T) or decay (3,), and rescale (S,). The cache is that of all layers, changed in place.
     """
-    weights = jax.tree.map(lambda w: w.astype(x.dtype), weights)
     qkv = model.project(model.norm(x, weights, "norm1", config), weights, config)
     q, k, v = model.unstack(model.turn(qkv, config, start))                                 # (S, H, k) each
     cache = {name: jax.lax.dynamic_update_slice(cache[name], new[None], (layer, start, 0, 0))

@@ -23,13 +23,23 @@ SHORT = 512                               # tokens at which our kernel beats cuD
 
 def forward(params, constants, tokens, config):
     """tokens (T,) or (B, T) of integers -> logits (..., T, V), in the arithmetic's dtype. Token by token: decode.py."""
+    return unembed(params, states(params, constants, tokens, config)).reshape(*tokens.shape, -1)
+
+
+def states(params, constants, tokens, config):
+    """tokens (T,) or (B, T) -> x (N, d), what the head is given."""
     x = embed(params, tokens, config)                                                       # (N, d)
     step = lambda x, layer: (block(x, *layer, config, tokens.shape[-1]), None)
     straight = runs_straight(config)
     if not straight:
         step = jax.checkpoint(step, policy=jax.checkpoint_policies.save_only_these_names(*() if config.remat else KEPT))
-    x, _ = jax.lax.scan(step, x, (params["blocks"], constants), unroll=config.depth if straight else 1)
-    return unembed(params, x, config).reshape(*tokens.shape, -1)
+    x, _ = jax.lax.scan(step, x, layers(params, constants, config), unroll=config.depth if straight else 1)
+    return norm(x, params, "norm", config)
+
+
+def layers(params, constants, config):
+    """What `block` is given, of all blocks, (L, ...): weights in the arithmetic's dtype, and constants."""
+    return jax.tree.map(lambda w: w.astype(compute_dtype(config)), params["blocks"]), constants
 
 
 def runs_straight(config):
@@ -68,7 +78,6 @@ def block(x, weights, constants, config, length=None):
 
     length: of each sequence, where x has several.
     """
-    weights = jax.tree.map(lambda w: w.astype(x.dtype), weights)
     x = skip(x, attention(norm(x, weights, "norm1", config), weights, constants, config, length), config)
     x = checkpoint_name(x, "halfway")
     return skip(x, mlp(norm(x, weights, "norm2", config), weights, config), config)
@@ -170,9 +179,9 @@ def mlp(x, weights, config):
     return activation(config)(checkpoint_name(x @ weights["up"], "hidden")) @ weights["down"]
 
 
-def unembed(params, x, config):
+def unembed(params, x):
     """x (N, d) -> logits (N, V)."""
-    return norm(x, params, "norm", config) @ params["head"].astype(x.dtype)
+    return x @ params["head"].astype(x.dtype)
 
 
 def norm(x, weights, name, config):

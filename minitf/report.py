@@ -23,7 +23,7 @@ def states(params, constants, tokens, config):
     """tokens (T,) -> X_0, ..., X_L: (L + 1, T, d), the embedding and what each block gives."""
     x = model.embed(params, tokens, config)
     step = lambda x, layer: (model.block(x, *layer, config),) * 2
-    return jnp.concatenate([x[None], jax.lax.scan(step, x, (params["blocks"], constants))[1]])
+    return jnp.concatenate([x[None], jax.lax.scan(step, x, model.layers(params, constants, config))[1]])
 
 
 def gradients(params, constants, x, cotangent, config):
@@ -33,7 +33,7 @@ def gradients(params, constants, x, cotangent, config):
         gradient, = jax.vjp(lambda x: model.block(x, weights, constants, config), x)[1](gradient)
         return gradient, gradient
 
-    before = jax.lax.scan(back, cotangent, (x[:-1], params["blocks"], constants), reverse=True)[1]
+    before = jax.lax.scan(back, cotangent, (x[:-1], *model.layers(params, constants, config)), reverse=True)[1]
     return jnp.concatenate([before, cotangent[None]])
 
 

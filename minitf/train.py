@@ -22,28 +22,36 @@ def loss(params, constants, batch, config):
 
 def token_losses(params, constants, batch, config):
     """Cross-entropy in nats of each target: batch (B, T + 1) -> (B, T)."""
-    return cross_entropy(model.forward(params, constants, batch[:, :-1], config), batch[:, 1:])
+    x, targets = model.states(params, constants, batch[:, :-1], config), batch[:, 1:]
+    return cross_entropy(x, params["head"].astype(x.dtype), targets.reshape(-1)).reshape(targets.shape)
 
 
 @jax.custom_vjp
-def cross_entropy(logits, targets):
-    """-log softmax(logits)[target], (..., V) and (...) -> (...), in float32.
+def cross_entropy(x, head, targets):
+    """-log softmax(x head)[target], x (N, d), head (d, V), targets (N,) -> (N,), in float32.
 
-    Logits are the largest array in training: the gradient is made from them as they are, without a float32 copy.
+    The logits are the largest array in training, so they are read once: each loss is the log of a sum of
+    exp(logit - the target's), at least 1. One that is LARGEST or more above the target's counts as LARGEST above it.
     """
-    return cross_entropy_forward(logits, targets)[0]
+    return cross_entropy_forward(x, head, targets)[0]
 
 
-def cross_entropy_forward(logits, targets):
-    log_sum = jax.nn.logsumexp(logits.astype(jnp.float32), -1)
-    picked = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0].astype(jnp.float32)
-    return log_sum - picked, (logits, log_sum, targets)
+LARGEST = 70.0                                              # the sum of a million exp(70) is finite in float32
+
+
+def cross_entropy_forward(x, head, targets):
+    logits, rows = x @ head, jnp.arange(len(x))
+    above = logits.astype(jnp.float32) - logits[rows, targets][:, None].astype(jnp.float32)
+    weights = jnp.exp(jnp.minimum(above, LARGEST))                                         # (N, V); the targets' are 1
+    total = weights.sum(-1)
+    error = weights.astype(x.dtype).at[rows, targets].set((1 - total).astype(x.dtype))     # total (softmax - one-hot)
+    return jnp.log(total), (x, head, targets, error, total)
 
 
 def cross_entropy_backward(saved, gradient):
-    logits, log_sum, targets = saved
-    error = jnp.exp(logits.astype(jnp.float32) - log_sum[..., None]) - (jnp.arange(logits.shape[-1]) == targets[..., None])
-    return (gradient[..., None] * error).astype(logits.dtype), None
+    x, head, targets, error, total = saved
+    scale = (gradient / total)[:, None]
+    return (scale * (error @ head.T)).astype(x.dtype), ((scale * x).astype(x.dtype).T @ error), None
 
 
 cross_entropy.defvjp(cross_entropy_forward, cross_entropy_backward)

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from minitf import Config, data, model, theory, train
@@ -51,6 +51,30 @@ def test_loss_falls(flags):
 
 def test_the_same_seed_gives_the_same_losses_to_the_last_bit():
     assert losses(5) == losses(5) != losses(5, seed=1)
+
+
+@given(st.integers(1, 9), st.integers(1, 12), st.integers(2, 60), st.floats(0.01, 20), st.integers(0, 2**31 - 1))
+def test_cross_entropy_and_its_gradients(count, width, vocabulary, size, seed):
+    """Against float64. Rounding: of logits that are sums of `width` products, then in the exponent; of sums of `vocabulary`."""
+    rng = np.random.default_rng(seed)
+    x, head, g = size * rng.normal(size=(count, width)), rng.normal(size=(width, vocabulary)), rng.normal(size=count)
+    x, head, g, targets = *(a.astype(np.float32) for a in (x, head, g)), rng.integers(0, vocabulary, count)
+    losses, back = jax.vjp(lambda x, head: train.cross_entropy(x, head, targets), x, head)
+    z = x.astype(float) @ head
+    z = z - z[np.arange(count), targets][:, None]
+    total = np.exp(z).sum(1)
+    assume(z.max() < train.LARGEST)
+    error = np.exp(z) / total[:, None] - (np.arange(vocabulary) == targets[:, None])
+    wrong = np.finfo(np.float32).eps * (vocabulary + 4 * width * np.abs(x).max() * np.abs(head).max() + np.abs(z).max(1))     # (N,)
+    assert np.all(np.abs(losses - np.log(total)) < wrong)
+    dx, dhead = back(g)
+    assert np.all(np.abs(dx - g[:, None] * (error @ head.T)) < (np.abs(g) * wrong * 4 * np.abs(head).max())[:, None])
+    assert np.all(np.abs(dhead - x.T @ (g[:, None] * error)) < (np.abs(x) * (np.abs(g) * wrong)[:, None]).sum(0)[:, None] * 4)
+
+
+def test_a_loss_beyond_what_float32_can_say_is_large_and_has_a_finite_gradient():
+    loss, back = jax.vjp(lambda head: train.cross_entropy(jnp.ones((1, 1)), head, jnp.array([0]))[0], jnp.array([[-1e4, 0.0, 1e4]]))
+    assert loss >= train.LARGEST and np.allclose(back(1.0)[0], [[-1, 0.5, 0.5]])
 
 
 @given(st.integers(1, 3), st.integers(1, 12), st.integers(1, 12), st.floats(0.01, 100), st.floats(0, 0.5), st.integers(0, 2**31 - 1))
