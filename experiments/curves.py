@@ -7,6 +7,7 @@
 """
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +17,9 @@ METRICS = HERE / "curves.jsonl"
 TOKENS = 32768
 BASE = dict(depth=36, width=512, heads=8, length=512)
 CURVES = {  # curve: shapes, each BASE with changes
-    "depth": [dict(depth=depth) for depth in (12, 36, 144)],
+    "depth": [dict(depth=depth) for depth in (144, 12, 36)],
     "width": [dict(width=width, heads=width // 64) for width in (256, 512, 1024)],
-    "length": [dict(depth=16, length=length, attn=attn) for length in (512, 2048, 8192, 32768) for attn in ("espa", "softmax")],
+    "length": [dict(depth=16, length=length, attn=attn) for length in (32768, 8192, 2048, 512) for attn in ("espa", "softmax")],
     "remat": [dict(depth=144, width=1024, heads=16, length=2048, remat=True)],
 }
 
@@ -34,8 +35,9 @@ def run(curves):
         if (curve, shape) in done:
             continue
         flags = [part for name, value in shape.items() for part in (["--" + name] if value is True else ["--" + name, str(value)])]
-        command = [sys.executable, HERE / "bench.py", *flags, "--batch", str(TOKENS // shape["length"]), "--optimizer", "adamw"]
-        result = subprocess.run(command, capture_output=True, text=True)
+        command = [sys.executable, HERE / "bench.py", *flags, "--batch", str(TOKENS // shape["length"]), "--optimizer", "adamw", "--timed", "8"]
+        environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"} | os.environ            # of the card's; jax takes 0.75
+        result = subprocess.run(command, capture_output=True, text=True, env=environment)
         if result.returncode:
             print(f"{curve} {change}: {result.stderr.strip().splitlines()[-1]}", flush=True)
             continue

@@ -15,7 +15,6 @@ from . import activations, flash
 from .theory import activation, sinusoids
 
 STRAIGHT = 48                             # blocks that a GPU runs as a straight program instead of a loop
-KEPT = "halfway", "hidden"                # of a block in a loop: X^, and what its activation is given
 SHORT = 512                               # tokens at which our kernel beats cuDNN's at plain attention; more were not measured
 
 
@@ -32,7 +31,8 @@ def states(params, constants, tokens, config):
     step = lambda x, layer: (block(x, *layer, config, tokens.shape[-1]), None)
     straight = runs_straight(config)
     if not straight:
-        step = jax.checkpoint(step, policy=jax.checkpoint_policies.save_only_these_names(*() if config.remat else KEPT))
+        kept = () if config.remat else ("halfway",)
+        step = jax.checkpoint(step, policy=jax.checkpoint_policies.save_only_these_names(*kept))
     x, _ = jax.lax.scan(step, x, layers(params, constants, config), unroll=config.depth if straight else 1)
     return norm(x, params, "norm", config)
 
@@ -45,8 +45,8 @@ def layers(params, constants, config):
 def runs_straight(config):
     """Whether the blocks are one straight program instead of a loop: where `attend` makes no T x T array, unless they are many.
 
-    A loop copies all that the backward pass needs into one array, so little is kept there (KEPT; --remat: x alone) and
-    the rest made again, which takes a CPU less time than the copies. Its compilation takes no more time for more blocks.
+    A loop copies what the backward pass is to have into arrays for all blocks, so only x and X^ are kept (--remat: x) and the rest
+    is made again: a CPU's caches then hold what it works on. A loop's compilation takes no more time for more blocks.
     """
     return attends_fused(config) and config.depth <= STRAIGHT and not config.remat
 
@@ -79,7 +79,7 @@ def block(x, weights, constants, config, length=None):
     length: of each sequence, where x has several.
     """
     x = skip(x, attention(norm(x, weights, "norm1", config), weights, constants, config, length), config)
-    x = checkpoint_name(x, "halfway")
+    x = checkpoint_name(x, "halfway")                                                        # X^
     return skip(x, mlp(norm(x, weights, "norm2", config), weights, config), config)
 
 
@@ -155,7 +155,8 @@ def softmax_attention(q, k, v, bias=None, decay=None, rescale=None, start=0, fus
 
 def softmax_sum(q, k, v, bias):
     """softmax(Q K^T / sqrt(d_k) + B) V for each head: q (..., S, H, k), k, v (..., T, H, k), bias (S, T) -> as q."""
-    logits = jnp.einsum("...qhd,...khd->...hqk", q, k, preferred_element_type=jnp.float32) / np.sqrt(q.shape[-1])
+    q = (q / np.sqrt(q.shape[-1])).astype(q.dtype)                                          # fewer numbers than logits
+    logits = jnp.einsum("...qhd,...khd->...hqk", q, k, preferred_element_type=jnp.float32)
     return jnp.einsum("...hqk,...khd->...qhd", jax.nn.softmax(logits + bias).astype(v.dtype), v)
 
 
@@ -176,7 +177,7 @@ def decay_bias(decay, start, count, length):
 
 def mlp(x, weights, config):
     """One non-linearity between d -> 4d and 4d -> d: x (N, d), as what returns."""
-    return activation(config)(checkpoint_name(x @ weights["up"], "hidden")) @ weights["down"]
+    return activation(config)(x @ weights["up"]) @ weights["down"]
 
 
 def unembed(params, x):
