@@ -209,7 +209,7 @@ def report():
     lines += [f"- {name}: " + "; ".join(f"{rates(run)}: {run['held_out']:.3f}" for run in tuning) for name, tuning in trials.items()]
     results = HERE / "results.md"
     results.write_text(results.read_text().split(TABLES)[0] + TABLES + "\n" + "\n".join(lines) + "\n")
-    draw(best.values())
+    draw(best.values(), [run for run in runs if run["stage"] == "longer" and run["flags"]["steps"] >= 4 * SHAPE["steps"]])
 
 
 TABLES = "## All runs"
@@ -229,20 +229,24 @@ DRAWN = {"vanilla espa Muon": "k-", "vanilla espa AdamW": "k--", "vanilla softma
          "paper espa AdamW": "C3--", "Pre-LN Muon": "C7-", "Pre-LN AdamW": "C7--"}
 
 
-def draw(runs):
-    """The best trial of each: its training losses where they were kept, and in any case where it ended, on held-out text."""
+def draw(best, longer):
+    """Two panels: the best trial of each, and runs four times as long or more. Training losses where they were kept, and in any
+    case where a run ended, on held-out text."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(7.5, 4.8), layout="constrained")
-    for run in sorted((run for run in runs if run["name"] in DRAWN), key=lambda run: run["held_out"]):
-        style = DRAWN[run["name"]]
-        axes.plot(run.get("at", []), run.get("loss", []), style, label=f"{run['name']}: {run['held_out']:.3f}")
-        axes.plot(run["flags"]["steps"], run["held_out"], style.strip("-.:") + "o", ms=4)
-    axes.set(xlabel="step", ylabel="nats a token: training (lines), held out (dots)", ylim=(2.4, 6),
-             title="36 blocks, width 256, Python source. vanilla: no skips, no norms.\npaper: the same, with the published initialisation. "
-             "Pre-LN: the standard transformer")
-    axes.legend()
+    figure, panels = pyplot.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
+    for axes, runs in zip(panels, (best, longer)):
+        for run in sorted((run for run in runs if run["name"] in DRAWN), key=lambda run: run["held_out"]):
+            style, steps = DRAWN[run["name"]], run["flags"]["steps"]
+            axes.plot(run.get("at", []), run.get("loss", []), style, label=f"{run['name']}, {steps} steps: {run['held_out']:.3f}")
+            axes.plot(steps, run["held_out"], style.strip("-.:") + "o", ms=4)
+        axes.set(xlabel="step", ylabel="nats a token: training (lines), held out (dots)")
+        axes.legend(fontsize="small", loc="upper right")
+    panels[0].set(ylim=(2.4, 7.4), title="the pace at first")
+    panels[1].set(ylim=(1.7, 4.5), title="four times the steps and more")
+    figure.suptitle("36 blocks, width 256, Python source. vanilla: no skips, no norms. paper: the same, with the published "
+                    "initialisation.\nPre-LN: the standard transformer")
     figure.savefig(HERE / "headline.png", dpi=110)
 
 

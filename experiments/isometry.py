@@ -1,14 +1,16 @@
-"""Why a chain without shortcuts learns slowly, and what mends it: the rank of what it passes on, at initialisation.
+"""Why a chain without shortcuts learns slowly, and what mends it: the rank of what it passes on, at initialisation or later.
 
-    python experiments/isometry.py [--widths 64 256]         prints a table, draws isometry.png
+    python experiments/isometry.py [--widths 64 256]         at initialisation: prints a table, draws isometry.png
+    python experiments/isometry.py --trained DIR...          of models that run.py trained, along held-out text: prints a table
 
 The kernels of signal-preserving attention and TAT say how alike two tokens' vectors are, in the mean over weights. They do not
 say how many directions a token's vector can move in. Here J_l is the derivative of the last position after block l by
-its own embedding, a d x d matrix, along random tokens. Its participation ratio (sum s^2)^2 / sum s^4 of the singular values s
+its own embedding, a d x d matrix, along a text (at initialisation random vectors). Its participation ratio (sum s^2)^2 / sum s^4 of the singular values s
 is d where all are equal, and 1 where one direction is all that arrives.
 """
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -18,7 +20,8 @@ import numpy as np
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from minitf import Config, model, theory                                       # noqa: E402
+from minitf import Config, checkpoint, data, model, theory                     # noqa: E402
+from run import DATA                                                           # noqa: E402
 
 NETWORKS = {                                                                   # name: flags
     "looks linear (--block vanilla)": dict(block="vanilla"),
@@ -29,28 +32,56 @@ NETWORKS = {                                                                   #
 }
 
 
-def singular_values(config, seed=0):
-    """(L, d): those of J_1, ..., J_L, largest first."""
+@partial(jax.jit, static_argnames="config")
+def jacobians(params, constants, x, config):
+    """x (T, d) -> J_1, ..., J_L, and of each block those of its first half, with attention, and its second, (L, d, d) each."""
+    def step(carry, layer):
+        (x, jacobian), (weights, constants) = carry, layer
+        first = lambda x: model.skip(x, model.attention(model.norm(x, weights, "norm1", config), weights, constants, config), config)
+        second = lambda x: model.skip(x, model.mlp(model.norm(x, weights, "norm2", config), weights, config), config)
+        of_last = lambda half, x: jax.jacrev(lambda last: half(x.at[-1].set(last))[-1])(x[-1])
+        halfway = first(x)
+        halves = of_last(first, x), of_last(second, halfway)
+        jacobian = halves[1] @ halves[0] @ jacobian
+        return (second(halfway), jacobian), (jacobian, *halves)
+
+    return jax.lax.scan(step, (x, jnp.eye(config.width)), model.layers(params, constants, config))[1]
+
+
+def singular_values(matrices):
+    """(..., d, d) -> (..., d), largest first."""
+    return np.linalg.svd(np.asarray(matrices, float), compute_uv=False)
+
+
+def at_initialisation(config, seed=0):
+    """(L, d): the singular values of J_1, ..., J_L."""
     params, constants = model.init(jax.random.key(seed), config, 1024), theory.constants(config)
     x = jax.random.normal(jax.random.key(seed + 1), (config.length, config.width))
-
-    def step(carry, layer):
-        x, jacobian = carry
-        after = lambda last: model.block(x.at[-1].set(last), *layer, config)[-1]
-        jacobian = jax.jacrev(after)(x[-1]) @ jacobian
-        return (model.block(x, *layer, config), jacobian), jacobian
-
-    _, jacobians = jax.lax.scan(step, (x, jnp.eye(config.width)), model.layers(params, constants, config))
-    return np.linalg.svd(np.asarray(jacobians, float), compute_uv=False)
+    return singular_values(jacobians(params, constants, x, config)[0])
 
 
 def participation(s):
     return (s**2).sum(-1)**2 / (s**4).sum(-1)
 
 
+def trained(folder, windows=8):
+    """A table's line: the mean of what some windows of held-out text show."""
+    config, params, constants, encoding = checkpoint.load_model(folder)
+    texts = data.spread_windows(data.load(str(DATA), encoding, config.length).held_out, config.length, windows)[:, :-1]
+    s = [[singular_values(each) for each in jacobians(params, constants, model.embed(params, text, config), config)] for text in texts]
+    ranks, first, second = (np.mean(each, 0) for each in zip(*((participation(whole), *halves) for whole, *halves in s)))
+    spread = lambda values: ", ".join(f"{value:.2f}" for value in np.quantile(values.mean(0), (1, 0.75, 0.5, 0.25, 0)))
+    return " | ".join(["", folder, *(f"{ranks[layer - 1]:.1f}" for layer in (1, 6, 12, 36)), spread(first), spread(second), ""]).strip()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 256])
+    parser.add_argument("--trained", nargs="+", metavar="DIR")
+    folders = parser.parse_args().trained
+    if folders:
+        print("| model | block 1 | block 6 | block 12 | block 36 | attention: largest, quartiles, least | MLP |\n| --- |" + " --- |" * 6)
+        return print("\n".join(trained(folder) for folder in folders))
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -60,7 +91,7 @@ def main():
     print("| --- |" + " --- |" * 6)
     for width, axis in zip(widths, axes[0]):
         for (name, flags), style in zip(NETWORKS.items(), ("k-", "k-.", "k--", "C7-", "C7:")):
-            s = singular_values(Config(depth=36, width=width, heads=4, length=32, repeat_rate=0.0, **flags))
+            s = at_initialisation(Config(depth=36, width=width, heads=4, length=32, repeat_rate=0.0, **flags))
             rank = participation(s)
             print(f"| {name} | {width} | " + " | ".join(f"{rank[layer - 1]:.1f}" for layer in (1, 6, 12, 36)) +
                   f" | {s[-1, 0] / s[-1, -1]:.2g} |", flush=True)
