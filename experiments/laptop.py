@@ -24,6 +24,7 @@ RUNS = {  # flags: (skips, norms, optimizer, line)
     "--block paper --optimizer muon": ("no", "no", "Muon", "C3-"),
     "--block paper": ("no", "no", "AdamW", "C3--"),
     "--block weighted": ("weighted", "no", "Muon", "C0-"),
+    "--block weighted --optimizer adamw": ("weighted", "no", "AdamW", "C0--"),
     "--block preln --optimizer muon": ("yes", "yes", "Muon", "C7-"),
     "--block preln": ("yes", "yes", "AdamW", "C7--"),
 }
@@ -65,8 +66,8 @@ def report():
             losses = np.mean([each["loss"] for each in runs[name]], 0)
             axes.plot((np.arange(len(losses)) + 1) * EVERY, losses, line, label=f"{name}: {mean(name):.2f}")
     axes.set(xlabel="step", ylabel="training loss, nats a token", ylim=(3.6, 6.5),
-             title="36 blocks on two CPU cores. Black: no skips, no norms. Red: with the published\n"
-                   "initialisation. Blue: weighted skips. Grey: the standard transformer. Numbers: held out")
+             title="36 blocks on two CPU cores. Black: no skips, no norms.\nRed: with the published initialisation. Blue: weighted skips.\n"
+                   "Grey: the standard transformer. Numbers: held out")
     axes.legend(fontsize="small", title="python run.py ...", loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(HERE / "laptop.png", dpi=110)
 

@@ -141,12 +141,12 @@ def validate(configuration, each):
         require(fine, f"{name} must be {allowed or 'finite'}, not {value}")
 
 
-# Tuned at depth 36 and width 64: learning_rate, ends, qk, vo. Those of paper, and of weighted with adamw, with one rate for all.
+# Tuned at depth 36 and width 64: learning_rate, ends, qk, vo. Those of paper with one rate for all.
 RATES = {
-    "vanilla": dict(muon=(6e-4, 64.0, 16.0, 0.5), adamw=(1.5e-4, 64.0, 16.0, 1.0)),
+    "vanilla": dict(muon=(6e-4, 64.0, 16.0, 0.5), adamw=(1.5e-4, 256.0, 16.0, 0.5)),
     "paper": dict(muon=(1e-3, 1.0, 1.0, 1.0), adamw=(3e-4, 1.0, 1.0, 1.0)),
-    "weighted": dict(muon=(2e-3, 8.0, 4.0, 1.0), adamw=(2e-3, 1.0, 1.0, 1.0)),
-    "preln": dict(muon=(8e-3, 16.0, 1.0, 1.0), adamw=(2e-3, 48.0, 1.0, 1.0)),
+    "weighted": dict(muon=(2e-3, 32.0, 4.0, 0.5), adamw=(2e-3, 64.0, 4.0, 0.5)),
+    "preln": dict(muon=(8e-3, 16.0, 1.0, 2.0), adamw=(2e-3, 48.0, 1.0, 1.0)),
 }
 
 

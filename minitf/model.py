@@ -22,10 +22,10 @@ SHORT = 512                               # tokens at which our kernel beats cuD
 
 def forward(params, constants, tokens, config):
     """tokens (T,) or (B, T) of integers -> logits (..., T, V), in the arithmetic's dtype. Token by token: decode.py."""
-    return unembed(params, states(params, constants, tokens, config)).reshape(*tokens.shape, -1)
+    return unembed(params, last_states(params, constants, tokens, config)).reshape(*tokens.shape, -1)
 
 
-def states(params, constants, tokens, config):
+def last_states(params, constants, tokens, config):
     """tokens (T,) or (B, T) -> x (N, d), what the head is given."""
     x = embed(params, tokens, config)                                                       # (N, d)
     step = lambda x, layer: (block(x, *layer, config, tokens.shape[-1]), None)

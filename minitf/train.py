@@ -22,7 +22,7 @@ def loss(params, constants, batch, config):
 
 def token_losses(params, constants, batch, config):
     """Cross-entropy in nats of each target: batch (B, T + 1) -> (B, T)."""
-    x, targets = model.states(params, constants, batch[:, :-1], config), batch[:, 1:]
+    x, targets = model.last_states(params, constants, batch[:, :-1], config), batch[:, 1:]
     return cross_entropy(x, params["head"].astype(x.dtype), targets.reshape(-1)).reshape(targets.shape)
 
 
