@@ -17,9 +17,9 @@ METRICS = HERE / "curves.jsonl"
 TOKENS = 32768
 BASE = dict(depth=36, width=512, heads=8, length=512)
 CURVES = {  # curve: shapes, each BASE with changes
-    "depth": [dict(depth=depth) for depth in (144, 12, 36)],
+    "depth": [dict(depth=depth) for depth in (12, 36, 144)],
     "width": [dict(width=width, heads=width // 64) for width in (256, 512, 1024)],
-    "length": [dict(depth=16, length=length, attn=attn) for length in (32768, 8192, 2048, 512) for attn in ("espa", "softmax")],
+    "length": [dict(depth=16, length=length, attn=attn) for length in (512, 2048, 8192, 32768) for attn in ("espa", "softmax")],
     "remat": [dict(depth=144, width=1024, heads=16, length=2048, remat=True)],
 }
 
@@ -51,7 +51,7 @@ def report():
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    runs = read()
+    runs = sorted(read(), key=lambda each: [each["shape"][name] for name in BASE])
     print("| depth | width | length | attention | ms a step | tokens/s | utilisation | memory, GiB | first step, s | constants, s |")
     print("| --- |" + " --- |" * 9)
     for each in runs:

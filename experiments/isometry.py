@@ -5,8 +5,8 @@
 
 The kernels of signal-preserving attention and TAT say how alike two tokens' vectors are, in the mean over weights. They do not
 say how many directions a token's vector can move in. Here J_l is the derivative of the last position after block l by
-its own embedding, a d x d matrix, along a text (at initialisation random vectors). Its participation ratio (sum s^2)^2 / sum s^4 of the singular values s
-is d where all are equal, and 1 where one direction is all that arrives.
+its own embedding, a d x d matrix, along a text (at initialisation random vectors). Its participation ratio
+(sum s^2)^2 / sum s^4 of the singular values s is d where all are equal, and 1 where one direction is all that arrives.
 """
 import argparse
 import sys
@@ -37,8 +37,7 @@ def jacobians(params, constants, x, config):
     """x (T, d) -> J_1, ..., J_L, and of each block those of its first half, with attention, and its second, (L, d, d) each."""
     def step(carry, layer):
         (x, jacobian), (weights, constants) = carry, layer
-        first = lambda x: model.skip(x, model.attention(model.norm(x, weights, "norm1", config), weights, constants, config), config)
-        second = lambda x: model.skip(x, model.mlp(model.norm(x, weights, "norm2", config), weights, config), config)
+        first, second = lambda x: model.first_half(x, weights, constants, config), lambda x: model.second_half(x, weights, config)
         of_last = lambda half, x: jax.jacrev(lambda last: half(x.at[-1].set(last))[-1])(x[-1])
         halfway = first(x)
         halves = of_last(first, x), of_last(second, halfway)
@@ -78,18 +77,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--trained", nargs="+", metavar="DIR")
-    folders = parser.parse_args().trained
-    if folders:
+    arguments = parser.parse_args()
+    if arguments.trained:
         print("| model | block 1 | block 6 | block 12 | block 36 | attention: largest, quartiles, least | MLP |\n| --- |" + " --- |" * 6)
-        return print("\n".join(trained(folder) for folder in folders))
+        return print("\n".join(trained(folder) for folder in arguments.trained))
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    widths = parser.parse_args().widths
-    figure, axes = pyplot.subplots(1, len(widths), figsize=(5 * len(widths), 3.8), layout="constrained", squeeze=False)
+    figure, axes = pyplot.subplots(1, len(arguments.widths), figsize=(5 * len(arguments.widths), 3.8), layout="constrained", squeeze=False)
     print("| initialisation | width | " + " | ".join(f"block {layer}" for layer in (1, 6, 12, 36)) + " | condition, block 36 |")
     print("| --- |" + " --- |" * 6)
-    for width, axis in zip(widths, axes[0]):
+    for width, axis in zip(arguments.widths, axes[0]):
         for (name, flags), style in zip(NETWORKS.items(), ("k-", "k-.", "k--", "C7-", "C7:")):
             s = at_initialisation(Config(depth=36, width=width, heads=4, length=32, repeat_rate=0.0, **flags))
             rank = participation(s)

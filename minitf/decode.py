@@ -44,7 +44,7 @@ def block(x, cache, weights, constants, layer, start, config):
              for name, new in (("k", k), ("v", v))}
     attended = model.softmax_attention(q, cache["k"][layer], cache["v"][layer], **constants, start=start)
     x = model.skip(x, model.merge(v, attended, weights, config), config)
-    return model.skip(x, model.mlp(model.norm(x, weights, "norm2", config), weights, config), config), cache
+    return model.second_half(x, weights, config), cache
 
 
 @partial(jax.jit, static_argnames="top_k")

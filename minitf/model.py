@@ -78,8 +78,17 @@ def block(x, weights, constants, config, length=None):
 
     length: of each sequence, where x has several.
     """
-    x = skip(x, attention(norm(x, weights, "norm1", config), weights, constants, config, length), config)
-    x = checkpoint_name(x, "halfway")                                                        # X^
+    x = checkpoint_name(first_half(x, weights, constants, config, length), "halfway")
+    return second_half(x, weights, config)
+
+
+def first_half(x, weights, constants, config, length=None):
+    """X -> X^."""
+    return skip(x, attention(norm(x, weights, "norm1", config), weights, constants, config, length), config)
+
+
+def second_half(x, weights, config):
+    """X^ -> X'."""
     return skip(x, mlp(norm(x, weights, "norm2", config), weights, config), config)
 
 
