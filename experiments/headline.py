@@ -35,7 +35,9 @@ CONTENDERS = {                                            # name: flags; "paper"
     "weighted espa AdamW": dict(block="weighted", optimizer="adamw"),
     "Pre-LN Muon": dict(block="preln", optimizer="muon"),
     "Pre-LN AdamW": dict(block="preln"),
+    "Pre-LN espa Muon": dict(block="preln", attn="espa", optimizer="muon"),
 }
+SAME = {"Pre-LN espa Muon": "Pre-LN Muon"}                # not tuned: takes the other's best trial
 
 # What a lane may have of its own: flags of run.py, here with the values of those trials that do not say.
 LANE = dict(learning_rate=None, ends=1.0, qk=1.0, vo=1.0, orthogonality=0.0, gamma=0.2, seed=0)
@@ -84,8 +86,11 @@ TRIALS = {
     + around(lane(6e-3, 16.0), dict(learning_rate=1.1e-2), dict(learning_rate=8e-3, ends=32.0), dict(learning_rate=8e-3, ends=8.0),
              dict(learning_rate=8e-3, qk=0.5), dict(learning_rate=8e-3, vo=0.5), dict(learning_rate=8e-3, vo=2.0),
              dict(learning_rate=8e-3, orthogonality=0.02)),
-    "Pre-LN AdamW": grid((1e-3, 2e-3, 4e-3), (1.0, 4.0, 16.0)) + [lane(5e-4, 16.0), lane(5e-4, 64.0), lane(1e-3, 64.0), lane(1e-3, 16.0, 4.0)],
+    "Pre-LN AdamW": grid((1e-3, 2e-3, 4e-3), (1.0, 4.0, 16.0)) + [lane(5e-4, 16.0), lane(5e-4, 64.0), lane(1e-3, 64.0), lane(1e-3, 16.0, 4.0)]
+    + around(lane(1e-3, 128.0), dict(ends=256.0), dict(vo=2.0), dict(vo=0.5), dict(learning_rate=1.5e-3)),
 }
+
+CHAINS = dict(learning_rate=5e-4, ends=88.0, qk=16.0, vo=0.25)   # the rates of the chain with Muon
 
 # Stages but the first take a contender's best trial, with other seeds, widths and lengths (times the steps of a shorter run), and
 # with changes to it.
@@ -98,8 +103,13 @@ STAGES = {
         dict(gamma=0.03), dict(learning_rate=2.5e-4), dict(learning_rate=1e-3), dict(qk=48.0), dict(ends=30.0), dict(vo=1.0),
         dict(orthogonality=1.0), dict(gamma=0.03, qk=48.0)))},
     "pace": {"vanilla espa Muon": dict(steps=(1.3,), seeds=(0, 1, 2))},
-    "wide": {name: dict(seeds=(0, 1, 2), width=512, heads=8) for name in CONTENDERS},
-    "wide pace": {"vanilla espa Muon": dict(steps=(1.3,), seeds=(0, 1, 2), width=512, heads=8)},
+    "wide": {name: dict(seeds=(0, 1, 2), flags=dict(width=512, heads=8)) for name in CONTENDERS},
+    "wide pace": {"vanilla espa Muon": dict(steps=(1.3,), seeds=(0, 1, 2), flags=dict(width=512, heads=8))},
+    # Why long training favours Pre-LN: its rates, its attention without decay, or the arithmetic?
+    "why": {"Pre-LN Muon": dict(steps=(2,), seeds=(0,), changes=({}, CHAINS, CHAINS | dict(learning_rate=2e-3, qk=4.0))),
+            "Pre-LN espa Muon": dict(steps=(2,), seeds=(0,), changes=(dict(gamma=0.1), dict(gamma=0.025))),
+            "vanilla espa Muon": dict(steps=(2,), seeds=(0,))},
+    "precision": {"vanilla espa Muon": dict(steps=(4,), seeds=(0,), flags=dict(dtype="float32"))},
 }
 
 
@@ -107,18 +117,17 @@ def stage_runs(stage, name):
     """[(flags, lanes)] of a contender in a stage. At another width, the rate changes as config.default_rates says."""
     shape = SHAPE | CONTENDERS[name]
     if stage == "tune":
-        return [(shape, TRIALS[name])]
+        return [(shape, TRIALS.get(name, []))]
     how = STAGES[stage].get(name, dict(seeds=()))
-    best, width = tuned(name), how.get("width", shape["width"])
-    best = best | dict(learning_rate=best["learning_rate"] * (shape["width"] / width)**0.5)
-    shape = shape | dict(width=width, heads=how.get("heads", shape["heads"]))
+    shape, best = shape | how.get("flags", {}), tuned(name)
+    best = best | dict(learning_rate=best["learning_rate"] * (SHAPE["width"] / shape["width"])**0.5)
     lanes = [best | change | dict(seed=seed) for change in how.get("changes", ({},)) for seed in how["seeds"]]
     return [(shape | dict(steps=round(shape["steps"] * multiple)), lanes) for multiple in how.get("steps", (1,))]
 
 
 def tuned(name):
     """The trial with the least held-out loss."""
-    runs = [run for run in read_runs() if run["stage"] == "tune" and run["name"] == name and math.isfinite(run["held_out"])]
+    runs = [run for run in read_runs() if run["stage"] == "tune" and run["name"] == SAME.get(name, name) and math.isfinite(run["held_out"])]
     return lane_of(min(runs, key=lambda run: run["held_out"]))
 
 
@@ -145,19 +154,21 @@ def run_stage(stage, names, folder):
         if not lanes:
             continue
         config, begin = Config(**flags, repeat_rate=data.repeat_rate(corpus.train_counts)), time.perf_counter()
-        at, losses, held_out = train_lanes(config, lanes, corpus, data.vocabulary(corpus.encoding))
-        seconds = time.perf_counter() - begin
+        at, losses, by_position = train_lanes(config, lanes, corpus, data.vocabulary(corpus.encoding))
+        held_out, seconds = by_position.mean(1).tolist(), time.perf_counter() - begin
         with open(METRICS, "a") as file:
             for number, lane in enumerate(lanes):
+                octaves = [float(by_position[number][2**k - 1:2**(k + 1) - 1].mean()) for k in range(config.length.bit_length() - 1)]
                 file.write(json.dumps(dict(
-                    stage=stage, name=name, **lane, held_out=held_out[number], bits_per_byte=held_out[number] * bits, flags=flags,
+                    stage=stage, name=name, **lane, held_out=held_out[number], bits_per_byte=held_out[number] * bits, flags=flags, octaves=octaves,
                     device=jax.devices()[0].device_kind, at=at.tolist(), loss=losses[:, number].astype(float).round(3).tolist())) + "\n")
         print(f"{stage} {name} {config.steps} steps, {seconds:.0f} s: " + "; ".join(
             f"{rates(lane)}, seed {lane['seed']}: {value:.3f}" for lane, value in zip(lanes, held_out)), flush=True)
 
 
 def train_lanes(config, lanes, corpus, vocabulary, every=10, windows=512):
-    """Trains one network a lane: (steps, mean training losses up to them (n, lanes), final held-out losses), in nats a token.
+    """Trains one network a lane: (steps, mean training losses up to them (n, lanes), final held-out losses by position
+    (lanes, T)), in nats a token.
 
     The optimizer runs at a rate of 1 and each lane steers its updates: one program for all.
     """
@@ -186,9 +197,10 @@ def train_lanes(config, lanes, corpus, vocabulary, every=10, windows=512):
         losses.append(values)
     losses = np.asarray(jnp.stack(losses))[:config.steps // every * every]
     del state
-    test = data.spread_windows(corpus.held_out, config.length, windows)
-    held_out = [train.evaluate(jax.tree.map(lambda leaf: leaf[number], params), constants[number], test, config) for number in range(len(lanes))]
-    return (np.arange(len(losses) // every) + 1) * every, losses.reshape(-1, every, len(lanes)).mean(1), held_out
+    test = data.spread_windows(corpus.held_out, config.length, windows).reshape(-1, config.batch, config.length + 1)
+    by_position = np.array([np.mean([train.evaluate_tokens(jax.tree.map(lambda leaf: leaf[number], params), constants[number], batch, config)
+                                     for batch in test], (0, 1)) for number in range(len(lanes))])
+    return (np.arange(len(losses) // every) + 1) * every, losses.reshape(-1, every, len(lanes)).mean(1), by_position
 
 
 # --- What came out ------------------------------------------------------------------------------------------------------
