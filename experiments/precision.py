@@ -57,7 +57,7 @@ def main():
                 decay = jnp.array(spa.exponential_decay(gammas[layer - 1], gammas[layer]), jnp.float32)
                 rescale = jnp.asarray(spa.exponential_attend(gammas[layer - 1], gammas[layer], np.ones((arguments.length, 1)))[:, 0], jnp.float32)
                 rounded = jnp.asarray(np.stack([q, k, v, cotangent], 1), jnp.bfloat16)[None, :, :, None]     # (1, T, 4, 1, k)
-                out, pull = jax.vjp(lambda qkv: flash.attend(qkv, decay, rescale, interpret), rounded[:, :, :3])
+                out, pull = jax.vjp(lambda qkv: flash.attend(qkv, decay[None], rescale[None], interpret), rounded[:, :, :3])
                 gradient, = pull(rounded[:, :, 3])
                 got = [np.asarray(x[0, :, 0], float) for x in (out, *jnp.moveaxis(gradient, 2, 0))]
                 *exact, cotangent = np.asarray(rounded[0, :, :, 0], float).swapaxes(0, 1)

@@ -39,6 +39,8 @@ class Config:
                       "transformer", *BLOCKS)
     attn: str | None = flag(None, "attention", "softmax", "vskip", "uspa", "espa")
     gamma: float | None = flag(None, "espa: the last kernel's decay, gamma_L; default: 25.6 / length, at most 0.8", above=0)
+    far: int = flag(0, "espa: how many of the heads look far back, with gamma_far in gamma's place", low=0)
+    gamma_far: float | None = flag(None, "espa: their gamma_L; default: 0.32 / length", above=0)
     rho: float = flag(0.8, "uspa: the last kernel's correlation, rho_L", above=0, below=1)
     rescale: str = flag("expected", "positions' mean square: held at 1, or the paper's row sums alone", "expected", "plain")
     repeat_rate: float | None = flag(None, "chance that two tokens are equal; default: that of the training tokens",
@@ -85,12 +87,15 @@ class Config:
         for name, value in preset.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        rest = dict(gamma=min(0.8, 25.6 / self.length), warmup=self.steps // 20, save_every=max(self.steps // 5, 1))
+        rest = dict(gamma=min(0.8, 25.6 / self.length), gamma_far=0.32 / self.length, warmup=self.steps // 20,
+                    save_every=max(self.steps // 5, 1))
         for name, value in (default_rates(self) | rest).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         require(self.width % self.heads == 0,
                 f"width must be a multiple of heads: {self.width} is not one of {self.heads}")
+        require(self.far <= self.heads, f"far must be at most heads, {self.heads}, not {self.far}")
+        require(self.far == 0 or self.rescale == "expected", "far needs rescale expected: plain takes all heads to be alike")
         require(self.position != "rope" or self.width // self.heads % 2 == 0,
                 f"rope needs an even number of features a head, not {self.width // self.heads}")
         require(self.position != "sinusoidal" or self.width % 2 == 0,

@@ -26,7 +26,7 @@ def decode(params, constants, cache, tokens, start, config):
     so tokens may be padded. The old cache is given up.
     """
     x = model.embed(params, tokens, config, start)                                          # (S, d)
-    own = {name: table if name == "decay" else jax.lax.dynamic_slice_in_dim(table, start, len(tokens), 1)
+    own = {name: table if name == "decay" else jax.lax.dynamic_slice_in_dim(table, start, len(tokens), 2)
            for name, table in constants.items()}                                            # the new positions' rows
     layers = *model.layers(params, own, config), jnp.arange(config.depth)
     (x, cache), _ = jax.lax.scan(lambda state, layer: (block(*state, *layer, start, config), None), (x, cache), layers)
@@ -36,7 +36,7 @@ def decode(params, constants, cache, tokens, start, config):
 def block(x, cache, weights, constants, layer, start, config):
     """One block for new tokens: (x (S, d), cache) -> the same, after the block.
 
-    constants: bias (S, T) or decay (3,), and rescale (S,). The cache is that of all layers, changed in place.
+    constants: bias (H, S, T) or decay (H, 3), and rescale (H, S). The cache is that of all layers, changed in place.
     """
     qkv = model.project(model.norm(x, weights, "norm1", config), weights, config)
     q, k, v = model.unstack(model.turn(qkv, config, start))                                 # (S, H, k) each

@@ -31,7 +31,7 @@ QUERY, KEY, VALUE = range(3)
 def attend(qkv, decay, rescale, interpret=False):
     """D softmax(mask(Q K^T / sqrt(d_k) + B)) V: qkv (B, T, 3, H, k) -> (B, T, H, k); differentiable in qkv.
 
-    decay (3,) makes B, rescale (T,) is D > 0. `interpret` runs it anywhere, slowly: for tests.
+    decay (H, 3) makes B, rescale (H, T) is D > 0. `interpret` runs it anywhere, slowly: for tests.
     """
     return forward(qkv, decay, rescale, interpret)[0]
 
@@ -44,7 +44,7 @@ def reach(qkv, decay):
     Without a slope that is infinite: all are seen.
     """
     squares = jnp.max(jnp.sum(jnp.square(qkv[:, :, :VALUE].astype(jnp.float32)), -1), 1)    # (B, 2, H)
-    slope, first, _ = decay
+    slope, first, _ = decay.T                                                               # (H,) each
     logits = 2 * jnp.sqrt(squares[:, QUERY]) * jnp.sqrt(squares[:, KEY]) / np.sqrt(qkv.shape[-1])
     tail = jnp.logaddexp(-jnp.log(-jnp.expm1(-slope)), first)
     return jnp.minimum((logits + tail + UNSEEN / LOG2E) / slope + 1, 2.0**30).astype(jnp.int32)
@@ -145,9 +145,9 @@ def call(kernel, shape, block, inputs, outputs, interpret, stages):
     def specification(name, size, at):
         """What a program sees of an array: `size` positions of one head, of its block number i those at number at(i)."""
         return {
-            "decay": pl.BlockSpec((3,), lambda i, b, h: (0,)),
+            "decay": pl.BlockSpec((None, 3), lambda i, b, h: (h, 0)),
             "reach": pl.BlockSpec((None, 1), lambda i, b, h: (b, h)),
-            "rescale": pl.BlockSpec((size,), lambda i, b, h: (at(i),)),
+            "rescale": pl.BlockSpec((None, size), lambda i, b, h: (h, at(i))),
             "row": pl.BlockSpec((None, None, size), lambda i, b, h: (b, h, at(i))),
             "out": pl.BlockSpec((None, size, None, features), lambda i, b, h: (b, at(i), h, 0)),
             "qkv": pl.BlockSpec((None, size, 3, None, features), lambda i, b, h: (b, at(i), 0, h, 0)),
@@ -172,7 +172,7 @@ def forward(qkv, decay, rescale, interpret):
     """(out, what the backward pass needs): arrays are padded to what the kernels' blocks need, and kept so."""
     batch, length, _, heads, features = qkv.shape
     size = -(-length // ROWS) * ROWS
-    constants, rescale = (decay * LOG2E, reach(qkv, decay)), padded(rescale, (size,), 1)
+    constants, rescale = (decay * LOG2E, reach(qkv, decay)), padded(rescale, (heads, size), 1)
     qkv = padded(qkv, (batch, size, 3, heads, max(16, pl.next_power_of_2(features))))
     kernel = call(partial(forward_kernel, scale=LOG2E / features**0.5), qkv.shape, ROWS, "decay reach *rescale qkv",
                   [("out", qkv.dtype), ("row", jnp.float32)], interpret, 3)

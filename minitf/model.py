@@ -124,7 +124,7 @@ def attend(qkv, constants, config):
     `softmax_attention` says what is computed, by whichever kernel.
     """
     qkv, length, fused = turn(qkv, config), qkv.shape[1], attends_fused(config)
-    plain = dict(decay=jnp.zeros(3), rescale=jnp.ones(length)) if length <= SHORT else {}
+    plain = dict(decay=jnp.zeros((config.heads, 3)), rescale=jnp.ones((config.heads, length))) if length <= SHORT else {}
     if fused and flash.triton and "decay" in (constants or plain):
         return flash.attend(qkv, **(constants or plain))
     return softmax_attention(*unstack(qkv), **constants, fused=fused)
@@ -151,19 +151,19 @@ def turn(qkv, config, start=0):
 def softmax_attention(q, k, v, bias=None, decay=None, rescale=None, start=0, fused=False):
     """Section 3: D softmax(mask(Q K^T / sqrt(d_k) + B)) V for each head; q (..., S, H, k); k, v (..., T, H, k) -> as q.
 
-    B, for every head: bias, (S, T), -inf where j > i; or decay, (3,), what makes it, see decay_bias. rescale: D, (S,).
-    Without them: causal, D = 1. The softmax is float32. The queries are those of positions from `start`.
+    B: bias, (H, S, T), -inf where j > i; or decay, (H, 3), what makes it, see decay_bias. rescale: D, (H, S). Where heads are
+    alike one is enough. Without them: causal, D = 1. The softmax is float32. The queries are those of positions from `start`.
     """
     if decay is not None:
         bias = decay_bias(decay, start, q.shape[-3], k.shape[-3])
     if bias is None and not fused:
         bias = jnp.where(start + np.arange(q.shape[-3])[:, None] >= np.arange(k.shape[-3]), 0.0, -jnp.inf)
     out = (softmax_sum_fused if fused else softmax_sum)(q, k, v, bias)
-    return out if rescale is None else (rescale[:, None, None] * out).astype(v.dtype)
+    return out if rescale is None else (rescale.T[..., None] * out).astype(v.dtype)
 
 
 def softmax_sum(q, k, v, bias):
-    """softmax(Q K^T / sqrt(d_k) + B) V for each head: q (..., S, H, k), k, v (..., T, H, k), bias (S, T) -> as q."""
+    """softmax(Q K^T / sqrt(d_k) + B) V for each head: q (..., S, H, k), k, v (..., T, H, k), bias (H or 1, S, T) -> as q."""
     q = (q / np.sqrt(q.shape[-1])).astype(q.dtype)                                          # fewer numbers than logits
     logits = jnp.einsum("...qhd,...khd->...hqk", q, k, preferred_element_type=jnp.float32)
     return jnp.einsum("...hqk,...khd->...qhd", jax.nn.softmax(logits + bias).astype(v.dtype), v)
@@ -172,13 +172,13 @@ def softmax_sum(q, k, v, bias):
 def softmax_sum_fused(q, k, v, bias):
     """The same by cuDNN's flash attention, for bfloat16: the bias, too, is rounded to it. Without one: causal."""
     if bias is not None:
-        bias = jnp.tril(bias).astype(v.dtype)[None, None]                                   # is_causal does the mask
+        bias = jnp.tril(bias).astype(v.dtype)[None]                                         # is_causal does the mask
     return jax.nn.dot_product_attention(q, k, v, bias, is_causal=True, implementation="cudnn")
 
 
 def decay_bias(decay, start, count, length):
-    """B of `espa`, (count, length), for queries from `start`: -slope (i - j), and `first` for key 0, `own` for key i."""
-    slope, first, own = decay
+    """B of `espa`, (H, count, length), for queries from `start`: -slope (i - j), and `first` for key 0, `own` for key i."""
+    slope, first, own = decay.T[:, :, None, None]
     lag = start + np.arange(count)[:, None] - np.arange(length)
     bias = -slope * lag + jnp.where(np.arange(length) == 0, first, 0.0) + jnp.where(lag == 0, own, 0.0)
     return jnp.where(lag >= 0, bias, -jnp.inf)

@@ -59,9 +59,7 @@ def predicted(constants, tokens, config):
     kernel = theory.initial_kernel(config, len(tokens), tokens[:, None] == tokens)
     if not constants:
         return np.array([kernel] + [sigma for _, sigma in theory.predict(config, kernel)])
-    bias = np.array([bias for _, bias in map(spa.rescale_and_bias, theory.log_attentions(config, len(tokens)))])
-    log_a = bias + np.log(np.asarray(constants["rescale"], float))[:, :, None]
-    blocks = spa.propagate(log_a, kernel, theory.correlation_map(config), config.alpha, config.beta,
+    blocks = spa.propagate(theory.made_attentions(config, constants), kernel, theory.correlation_map(config), config.alpha, config.beta,
                            config.norm != "none", rescale=False)            # D has brought n along
     return np.array([kernel] + [sigma for _, sigma in blocks])
 

@@ -3,7 +3,8 @@
 Theory only: float64 NumPy, no network. He et al., ICLR 2023 (arXiv 2302.10322), sections 3 and 4.
 
 A token kernel is Sigma = X X^T / d for tokens X of shape (T, d). With orthogonal value and output weights and one
-attention matrix A for every head, an attention layer maps Sigma to A Sigma A^T. So to move from the kernel Sigma_in
+attention matrix A for every head, an attention layer maps Sigma to A Sigma A^T (if heads differ: in the mean over
+weights to the mean of their A Sigma A^T). So to move from the kernel Sigma_in
 to Sigma_out, both prescribed, we take their Cholesky factors L and set A = L_out L_in^-1: lower triangular, because
 the model is causal. A softmax can make it because A >= 0: A = D P, with D the row sums of A and P row-stochastic, and
 P = softmax(B) for B = log P. B and D are constants of the network.
@@ -171,17 +172,19 @@ def repeat_kernel(repeat_rate, length):
     return uniform_kernel(repeat_rate, length)
 
 
-def propagate(log_attentions, kernel, correlation_map, alpha=0.0, beta=1.0, norm=False, rescale=True):
+def propagate(attentions, kernel, correlation_map, alpha=0.0, beta=1.0, norm=False, rescale=True):
     """Section 4's recursion: yields (n, Sigma) for each block, shapes (T,) and (T, T).
 
-    log_attentions: the blocks' log A, (T, T), or functions that multiply (T, n) by A. kernel: Sigma before the first block. correlation_map: C of the MLP.
+    attentions: for each block its kinds of heads, [(share, log A (T, T) or a function that multiplies (T, n) by A)]; shares
+    add up to 1. kernel: Sigma before the first block. correlation_map: C of the MLP.
     alpha, beta: the weights of skip and branch. norm: does a normalisation stand before each branch?
     rescale: are positions brought back to mean square 1 after attention, by D = rowsum(A) / n (--rescale expected)?
     Where they are not, the mean square is exact for positively homogeneous activations, the leaky ReLUs.
     """
-    for log_attention in log_attentions:
-        attend = log_attention if callable(log_attention) else partial(np.matmul, np.exp(log_attention))
-        attended = attend(attend(correlation(kernel) if norm else kernel).T)
+    for heads in attentions:
+        given = correlation(kernel) if norm else kernel
+        heads = [(share, a if callable(a) else partial(np.matmul, np.exp(a))) for share, a in heads]
+        attended = sum(share * attend(attend(given).T) for share, attend in heads)
         n = np.sqrt(np.diag(attended)) if rescale else np.ones(len(kernel))
         kernel = alpha**2 * kernel + beta**2 * attended / np.outer(n, n)
         size = 1.0 if norm else np.sqrt(np.outer(np.diag(kernel), np.diag(kernel)))

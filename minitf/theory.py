@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import activations, spa
+from .errors import require
 
 EXACT_LENGTH = 1024                       # positions over which the recursion, O(T^2) or more a layer, is run
 
@@ -32,23 +33,35 @@ def sinusoids(length, width):
     return np.sqrt(2) * np.concatenate([np.sin(angle), np.cos(angle)], -1).astype(np.float32)
 
 
+def kinds(config):
+    """The kinds of heads, in their order: [(how many, [(kernel parameter before a block, after it)] of all blocks)], gamma of
+    espa, near before far, rho of uspa; [] for softmax and vskip."""
+    espa = [(config.heads - config.far, config.gamma), (config.far, config.gamma_far)]
+    schedules = {"espa": [(count, spa.exponential_schedule(gamma, config.depth)) for count, gamma in espa if count],
+                 "uspa": [(config.heads, spa.uniform_schedule(config.rho, config.depth))]}.get(config.attn, [])
+    return [(count, list(zip(values, values[1:]))) for count, values in schedules]
+
+
+def attentions(config, make):
+    """What propagate is given: for each block [(share of the heads, make(kernel parameter before it, after it))]."""
+    heads = kinds(config)
+    return [[(count / config.heads, make(*pairs[layer])) for count, pairs in heads] for layer in range(config.depth)]
+
+
 def log_attentions(config, length):
-    """The blocks' log A at initialisation, one (T, T) after the other; empty for softmax, whose A depends on the input."""
-    if config.attn == "espa":
-        return [spa.exponential_log_attention(*pair, length) for pair in schedule(config)]
-    if config.attn == "uspa":
-        return [spa.uniform_log_attention(*pair, length) for pair in schedule(config)]
+    """The same with log A at initialisation, (T, T); [] for softmax, whose A depends on the input."""
     if config.attn == "vskip":
         with np.errstate(divide="ignore"):
-            return [np.log(np.eye(length))] * config.depth
-    return []
+            return [[(1.0, np.log(np.eye(length)))]] * config.depth
+    closed_form = {"espa": spa.exponential_log_attention, "uspa": spa.uniform_log_attention}.get(config.attn)
+    return attentions(config, partial(closed_form, length=length)) if closed_form else []
 
 
-def schedule(config):
-    """The kernel parameters before and after each block: [(gamma_in, gamma_out)] of espa, [(rho_in, rho_out)] of uspa."""
-    values = spa.exponential_schedule(config.gamma, config.depth) if config.attn == "espa" else \
-        spa.uniform_schedule(config.rho, config.depth)
-    return list(zip(values, values[1:]))
+def made_attentions(config, constants):
+    """The same as the network makes it, D softmax(B) with the D in its constants, over all of the length."""
+    rescale, first = np.log(np.asarray(constants["rescale"], float)), np.cumsum([0] + [count for count, _ in kinds(config)])
+    return [[(share, spa.rescale_and_bias(log_a)[1] + rescale[layer, head][:, None]) for head, (share, log_a) in zip(first, heads)]
+            for layer, heads in enumerate(log_attentions(config, config.length))]
 
 
 def initial_kernel(config, length, equal=None):
@@ -62,28 +75,37 @@ def initial_kernel(config, length, equal=None):
 
 def predict(config, kernel):
     """Section 4's recursion for this network from Sigma_0 = kernel: [(n, Sigma)] after each block; [] for softmax."""
-    attentions = [partial(spa.exponential_attend, *pair) for pair in schedule(config)] if config.attn == "espa" else \
+    blocks = attentions(config, lambda *pair: partial(spa.exponential_attend, *pair)) if config.attn == "espa" else \
         log_attentions(config, len(kernel))
-    return list(spa.propagate(attentions, kernel, correlation_map(config),
+    return list(spa.propagate(blocks, kernel, correlation_map(config),
                               config.alpha, config.beta, config.norm != "none", config.rescale == "expected"))
 
 
 def constants(config):
-    """What `forward` scans beside the blocks, in float32: {"rescale": (L, T)} and for uspa {"bias": (L, T, T)}, for espa
-    {"decay": (L, 3)}; {} for softmax, vskip.
+    """What `forward` scans beside the blocks, in float32: of each head, {"rescale": (L, H, T)} and for espa {"decay": (L, H, 3)};
+    for uspa, whose heads are alike, {"rescale": (L, 1, T), "bias": (L, 1, T, T)}; {} for softmax, vskip. ValueError for heads that
+    look far where the context is so long that the recursion is not run over all of it.
     """
     if config.attn not in ("uspa", "espa"):
         return {}
     length, exact = config.length, min(config.length, EXACT_LENGTH)
+    require(not (config.far and config.attn == "espa") or length == exact,
+            f"far must be 0 beyond {EXACT_LENGTH} tokens, where D is not known, not {config.far}")
     if config.attn == "espa":
-        rows = [spa.exponential_attend(*pair, np.ones((length, 1)))[:, 0] for pair in schedule(config)]
-        made = {"decay": np.array([spa.exponential_decay(*pair) for pair in schedule(config)])}
+        rows = of_heads(config, lambda *pair: spa.exponential_attend(*pair, np.ones((length, 1)))[:, 0])
+        made = {"decay": of_heads(config, spa.exponential_decay)}
         # What a position sees is level, to exp(-16) = 1e-7; where EXACT_LENGTH comes first, to a percent of D or so over the depth.
         if config.position != "sinusoidal":
-            exact = min(exact, ceil(16 / config.gamma))
+            exact = ceil(min(exact, 16 / min(pairs[-1][1] for _, pairs in kinds(config))))
     else:
-        rows, bias = zip(*(spa.rescale_and_bias(log_a) for log_a in log_attentions(config, length)))
-        made = {"bias": np.array(bias)}
+        rows, bias = zip(*(spa.rescale_and_bias(log_a) for (_, log_a), in log_attentions(config, length)))
+        rows, made = np.array(rows)[:, None], {"bias": np.array(bias)[:, None]}
     n = np.array([n for n, _ in predict(config, initial_kernel(config, exact))])
-    made["rescale"] = np.array(rows) / np.pad(n, ((0, 0), (0, length - exact)), mode="edge")
+    made["rescale"] = rows / np.pad(n, ((0, 0), (0, length - exact)), mode="edge")[:, None]
     return {name: jnp.asarray(table, jnp.float32) for name, table in made.items()}
+
+
+def of_heads(config, make):
+    """(L, H, ...): what `make` gives for the kernel parameters before and after a block, of each head."""
+    heads = kinds(config)
+    return np.array([[made for count, pairs in heads for made in [make(*pairs[layer])] * count] for layer in range(config.depth)])

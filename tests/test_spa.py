@@ -3,6 +3,8 @@
 EPS is float64's spacing at 1. Where all terms of a product are >= 0 rounding errors are relative and never cancel
 against a result: a sum of n such terms is right to n EPS of itself, and exp(x) to |x| EPS.
 """
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -155,7 +157,8 @@ def test_the_network_asks_for_this_schedule(attn, depth, gamma, rho, length):
     matrices = theory.log_attentions(Config(depth=depth, attn=attn, gamma=gamma, rho=rho), length)
     assert len(matrices) == depth
     product = np.eye(length)
-    for log_a in matrices:
+    for (share, log_a), in matrices:
+        assert share == 1
         product = np.exp(log_a) @ product
     last = spa.exponential_kernel(gamma, length) if attn == "espa" else spa.uniform_kernel(rho, length)
     tolerance = depth * (4 * length + 40) * EPS + 2 * depth * length**2 * EPS * product.sum(-1).max() * (attn == "uspa")
@@ -180,7 +183,7 @@ def test_what_has_no_such_attention_is_refused(refused):
 def test_recursion_keeps_a_unit_diagonal(schedule, r, skip, slope):
     """Every position keeps mean square 1 at every depth: with repeats, MLPs and skips."""
     family, values, length = schedule
-    matrices = [log_attention(family, a, b, length) for a, b in zip(values, values[1:])]
+    matrices = [[(1.0, log_attention(family, a, b, length))] for a, b in zip(values, values[1:])]
     blocks = list(spa.propagate(matrices, spa.repeat_kernel(r, length), lambda c: leaky_correlation(c, slope), *skip))
     assert len(blocks) == len(matrices)
     for layer, (n, sigma) in enumerate(blocks, 1):
@@ -192,7 +195,7 @@ def test_recursion_keeps_a_unit_diagonal(schedule, r, skip, slope):
 @given(schedules())
 def test_recursion_is_section_3_without_repeats_and_mlps(schedule):
     family, values, length = schedule
-    matrices = [log_attention(family, a, b, length) for a, b in zip(values, values[1:])]
+    matrices = [[(1.0, log_attention(family, a, b, length))] for a, b in zip(values, values[1:])]
     start = kernel(family, values[0], length)
     for layer, (n, sigma) in enumerate(spa.propagate(matrices, start, lambda c: c), 1):
         tolerance = layer * ((8 * length + 80) * EPS + 8 * length**3 * EPS * (family == "uniform"))
@@ -204,7 +207,7 @@ def test_recursion_is_section_3_without_repeats_and_mlps(schedule):
 def test_repeats_are_amplified_as_derived(depth, gamma, length, r):
     """Plain: E Sigma_l = (1-r) Sigma_l + r u u^T, u_i = phi^(i-1) + s (1 - phi^(i-1)) / (1 - phi)."""
     values = spa.exponential_schedule(gamma, depth)
-    matrices = [spa.exponential_log_attention(a, b, length) for a, b in zip(values, values[1:])]
+    matrices = [[(1.0, spa.exponential_log_attention(a, b, length))] for a, b in zip(values, values[1:])]
     phi = np.exp(-gamma)
     power = phi ** np.arange(length)
     u = power + np.sqrt(-np.expm1(-2 * gamma)) * (1 - power) / -np.expm1(-gamma)
@@ -218,17 +221,41 @@ def test_repeats_are_amplified_as_derived(depth, gamma, length, r):
 def test_uniform_attention_from_the_repeats_on_needs_no_correction(depth, rho, length, share):
     """rho_0 = r: the attention-only part is exact, n = 1."""
     values = spa.uniform_schedule(rho, depth, share * rho)
-    matrices = [spa.uniform_log_attention(a, b, length) for a, b in zip(values, values[1:])]
+    matrices = [[(1.0, spa.uniform_log_attention(a, b, length))] for a, b in zip(values, values[1:])]
     for n, _ in spa.propagate(matrices, spa.repeat_kernel(share * rho, length), lambda c: c):
         assert np.allclose(n, 1, rtol=0, atol=depth * 8 * length**3 * EPS)
+
+
+@given(schedules(), schedules(), repeat_rates, st.integers(1, 3))
+def test_of_heads_that_differ_the_kernels_mean_goes_on(schedule, other, r, near):
+    """One block from E Sigma_0: `near` heads of four with one attention matrix, the rest with another, each of which is known."""
+    (family, values, length), (others, far, _) = schedule, other
+    heads = [log_attention(family, *values[:2], length), log_attention(others, *far[:2], length)]
+    shares, start = (near / 4, 1 - near / 4), spa.repeat_kernel(r, length)
+    (n, sigma), = spa.propagate([list(zip(shares, heads))], start, lambda c: c)
+    mean = sum(share * np.exp(a) @ start @ np.exp(a).T for share, a in zip(shares, heads))
+    assert np.allclose(n**2, np.diag(mean), rtol=1e-12)
+    assert np.allclose(sigma, mean / np.sqrt(np.outer(np.diag(mean), np.diag(mean))), rtol=1e-12)
+
+
+@given(gammas, gammas, st.integers(1, 5), st.integers(0, 5), lengths)
+def test_each_head_has_its_own_memory(gamma, gamma_far, heads, far, length):
+    """The first heads near, the last `far` of them far: their bias and, over the common n, their row sums."""
+    config = Config(depth=2, width=2 * heads, heads=heads, far=min(far, heads), gamma=gamma, gamma_far=gamma_far, length=length)
+    constants, n = theory.constants(config), np.array([n for n, _ in theory.predict(config, theory.initial_kernel(config, length))])
+    for head in range(heads):
+        alone = replace(config, far=0, gamma=gamma if head < heads - config.far else gamma_far)
+        assert np.array_equal(constants["decay"][:, head], theory.constants(alone)["decay"][:, 0])
+        rowsum = np.exp([log_a for (_, log_a), in theory.log_attentions(alone, length)]).sum(-1)
+        assert np.allclose(constants["rescale"][:, head], rowsum / n, rtol=(4 * length + 40) * EPS32)
 
 
 @given(st.sampled_from(["espa", "uspa"]), gammas, rhos, repeat_rates, lengths)
 def test_the_constants_hold_repeats_down(attn, gamma, rho, r, length):
     """In the first layer n^2 = 1 - r + r rowsum^2 for any A that takes I to a unit diagonal: D = rowsum / n."""
     config = Config(depth=2, attn=attn, gamma=gamma, rho=rho, repeat_rate=r, length=length, position="none")
-    rowsum = np.exp(theory.log_attentions(config, length)[0]).sum(-1)
-    rescale = np.asarray(theory.constants(config)["rescale"][0])
+    (_, log_a), = theory.log_attentions(config, length)[0]
+    rowsum, rescale = np.exp(log_a).sum(-1), np.asarray(theory.constants(config)["rescale"][0])
     assert np.allclose(rescale, rowsum / np.sqrt(1 - r + r * rowsum**2), rtol=4 * EPS32)
 
 
