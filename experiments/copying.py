@@ -70,7 +70,7 @@ def report():
     matplotlib.use("Agg")
     from matplotlib import pyplot
     steps = np.arange(EVERY, SHAPE["steps"] + 1, EVERY)
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(10, 4.5), layout="constrained")
     print("| | after 100 steps | 200 | 400 |\n| --- | --- | --- | --- |")
     for each in sorted(read(), key=lambda each: list(RUNS).index(each["name"])):
         name, loss = each["name"], dict(zip(steps.tolist(), each["loss"]))
@@ -80,7 +80,7 @@ def report():
         if style:
             axes.plot(loss.keys(), loss.values(), color + style, label=name)
     axes.set(xlabel="step", ylabel="nats a token, where the sequence repeats", ylim=(0, 2.9))
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(HERE / "copying.png", dpi=110)
 
 

@@ -96,7 +96,7 @@ def constants(config):
         made = {"decay": of_heads(config, spa.exponential_decay)}
         # What a position sees is level, to exp(-16) = 1e-7; where EXACT_LENGTH comes first, to a percent of D or so over the depth.
         if config.position != "sinusoidal":
-            exact = ceil(min(exact, 16 / min(pairs[-1][1] for _, pairs in kinds(config))))
+            exact = ceil(min(exact, 16 / float(min(pairs[-1][1] for _, pairs in kinds(config)))))
     else:
         rows, bias = zip(*(spa.rescale_and_bias(log_a) for (_, log_a), in log_attentions(config, length)))
         rows, made = np.array(rows)[:, None], {"bias": np.array(bias)[:, None]}

@@ -170,7 +170,7 @@ def test_the_network_asks_for_this_schedule(attn, depth, gamma, rho, length):
     lambda: spa.uniform_schedule(1e-17, 4, 1e-17), lambda: spa.uniform_schedule(1.0, 4),
     lambda: spa.exponential_log_attention(0.1, 0.1, 8), lambda: spa.exponential_log_attention(0.1, 0.2, 8),
     lambda: spa.uniform_log_attention(0.2, 0.2, 8), lambda: spa.uniform_log_attention(0.2, 0.1, 8),
-    lambda: spa.exponential_kernel(float("nan"), 8), lambda: spa.uniform_kernel(1.0, 8)])
+    lambda: theory.constants(Config(far=1, length=1025, depth=1)), lambda: spa.exponential_kernel(float("nan"), 8), lambda: spa.uniform_kernel(1.0, 8)])
 def test_what_has_no_such_attention_is_refused(refused):
     with pytest.raises(ValueError) as caught:
         refused()
