@@ -124,9 +124,10 @@ def attend(qkv, constants, config):
     `softmax_attention` says what is computed, by whichever kernel.
     """
     qkv, length, fused = turn(qkv, config), qkv.shape[1], attends_fused(config)
-    plain = dict(decay=jnp.zeros((config.heads, 3)), rescale=jnp.ones((config.heads, length))) if length <= SHORT else {}
+    plain = dict(decay=jnp.zeros((1, 3)), rescale=jnp.ones((1, length))) if length <= SHORT else {}
     if fused and flash.triton and "decay" in (constants or plain):
-        return flash.attend(qkv, **(constants or plain))
+        each_head = lambda table: jnp.broadcast_to(table, (config.heads, table.shape[-1]))
+        return flash.attend(qkv, **jax.tree.map(each_head, constants or plain))
     return softmax_attention(*unstack(qkv), **constants, fused=fused)
 
 

@@ -82,9 +82,9 @@ def predict(config, kernel):
 
 
 def constants(config):
-    """What `forward` scans beside the blocks, in float32: of each head, {"rescale": (L, H, T)} and for espa {"decay": (L, H, 3)};
-    for uspa, whose heads are alike, {"rescale": (L, 1, T), "bias": (L, 1, T, T)}; {} for softmax, vskip. ValueError for heads that
-    look far where the context is so long that the recursion is not run over all of it.
+    """What `forward` scans beside the blocks, in float32: {"rescale": (L, H, T)} and for espa {"decay": (L, H, 3)}, for uspa
+    {"bias": (L, H, T, T)}, with 1 for H where heads are alike; {} for softmax, vskip. ValueError for heads that look far where
+    the context is so long that the recursion is not run over all of it.
     """
     if config.attn not in ("uspa", "espa"):
         return {}
@@ -106,6 +106,7 @@ def constants(config):
 
 
 def of_heads(config, make):
-    """(L, H, ...): what `make` gives for the kernel parameters before and after a block, of each head."""
+    """(L, H, ...): what `make` gives for the kernel parameters before and after a block, of each head; once if they are alike."""
     heads = kinds(config)
+    heads = heads if len(heads) > 1 else [(1, heads[0][1])]
     return np.array([[made for count, pairs in heads for made in [make(*pairs[layer])] * count] for layer in range(config.depth)])
