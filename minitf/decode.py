@@ -38,8 +38,8 @@ def block(x, cache, weights, constants, layer, start, config):
 
     constants: bias (H, S, T) or decay (H, 3), and rescale (H, S). The cache is that of all layers, changed in place.
     """
-    qkv = model.project(model.norm(x, weights, "norm1", config), weights, config)
-    q, k, v = model.unstack(model.turn(qkv, config, start))                                 # (S, H, k) each
+    q, k, v = model.unstack(model.project(model.norm(x, weights, "norm1", config), weights, config))   # (S, H, k) each
+    q, k = (model.turn(each, config, start) for each in (q, k))
     cache = {name: jax.lax.dynamic_update_slice(cache[name], new[None], (layer, start, 0, 0))
              for name, new in (("k", k), ("v", v))}
     attended = model.softmax_attention(q, cache["k"][layer], cache["v"][layer], **constants, start=start)

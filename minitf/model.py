@@ -123,12 +123,13 @@ def attend(qkv, constants, config):
 
     `softmax_attention` says what is computed, by whichever kernel.
     """
-    qkv, length, fused = turn(qkv, config), qkv.shape[1], attends_fused(config)
+    length, fused = qkv.shape[1], attends_fused(config)
     plain = dict(decay=jnp.zeros((1, 3)), rescale=jnp.ones((1, length))) if length <= SHORT else {}
     if fused and flash.triton and "decay" in (constants or plain):
         each_head = lambda table: jnp.broadcast_to(table, (config.heads, table.shape[-1]))
-        return flash.attend(qkv, **jax.tree.map(each_head, constants or plain))
-    return softmax_attention(*unstack(qkv), **constants, fused=fused)
+        return flash.attend(turn(qkv, config, stacked=True), **jax.tree.map(each_head, constants or plain))
+    q, k, v = unstack(qkv)
+    return softmax_attention(turn(q, config), turn(k, config), v, **constants, fused=fused)
 
 
 def unstack(qkv):
@@ -136,16 +137,19 @@ def unstack(qkv):
     return tuple(qkv[..., i, :, :] for i in range(3))
 
 
-def turn(qkv, config, start=0):
-    """Rotary position encoding (Su et al. 2021, arXiv 2104.09864) of qkv (..., S, 3, H, k) at positions from `start`: features
-    i and i + k/2 of queries and keys, as one point, turn with position; values do not. Other encodings leave all alone."""
+def turn(x, config, start=0, stacked=False):
+    """Rotary position encoding (Su et al. 2021, arXiv 2104.09864) of queries or keys x (..., S, H, k) at positions from `start`:
+    features i and i + k/2, as one point, turn with position. Other encodings leave all alone.
+
+    stacked: x (..., S, 3, H, k) is queries, keys and values, of which the last do not turn.
+    """
     if config.position != "rope":
-        return qkv
-    half = qkv.shape[-1] // 2
-    angle = np.arange(config.length)[:, None] * 10000.0 ** (-np.arange(half) / half)        # (T, k/2)
-    angle = np.stack([angle, angle, 0 * angle], 1)[:, :, None]                              # (T, 3, 1, k/2)
-    cos, sin = (rows(f(angle).astype(qkv.dtype), start, qkv.shape[-4]) for f in (np.cos, np.sin))
-    a, b = jnp.split(qkv, 2, -1)
+        return x
+    half = x.shape[-1] // 2
+    angle = (np.arange(config.length)[:, None] * 10000.0 ** (-np.arange(half) / half))[:, None]   # (T, 1, k/2)
+    angle = np.stack([angle, angle, 0 * angle], 1) if stacked else angle
+    cos, sin = (rows(f(angle).astype(x.dtype), start, x.shape[-4 if stacked else -3]) for f in (np.cos, np.sin))
+    a, b = jnp.split(x, 2, -1)
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
 
 
