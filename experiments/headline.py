@@ -40,7 +40,8 @@ CONTENDERS = {                                            # name: flags; "paper"
 SAME = {"Pre-LN espa Muon": "Pre-LN Muon"}                # not tuned: takes the other's best trial
 
 # What a lane may have of its own: flags of run.py, here with the values of those trials that do not say.
-LANE = dict(learning_rate=None, ends=1.0, qk=1.0, vo=1.0, orthogonality=0.0, gamma=0.2, seed=0)
+LANE = dict(learning_rate=None, ends=1.0, qk=1.0, vo=1.0, orthogonality=0.0, gamma=0.2, far=0, gamma_far=0.00125, seed=0)
+OF_ATTENTION = "gamma", "far", "gamma_far"
 
 
 def lane(learning_rate, ends=1.0, qk=1.0, **others):
@@ -109,6 +110,10 @@ STAGES = {
     "why": {"Pre-LN Muon": dict(steps=(2,), seeds=(0,), changes=({}, CHAINS, CHAINS | dict(learning_rate=2e-3, qk=4.0))),
             "Pre-LN espa Muon": dict(steps=(2,), seeds=(0,), changes=(dict(gamma=0.1), dict(gamma=0.025))),
             "vanilla espa Muon": dict(steps=(2,), seeds=(0,))},
+    # Do heads that look far back mend it?
+    "far": {"vanilla espa Muon": dict(steps=(2,), seeds=(0,), changes=[
+                dict(far=1, gamma=gamma, gamma_far=far) for gamma in (0.1, 0.2, 0.4, 0.8) for far in (0.00125, 0.01)]),
+            "Pre-LN espa Muon": dict(steps=(2,), seeds=(0,), changes=[dict(far=1, gamma=gamma) for gamma in (0.1, 0.4)])},
     "precision": {"vanilla espa Muon": dict(steps=(4,), seeds=(0,), flags=dict(dtype="float32"))},
 }
 
@@ -177,9 +182,12 @@ def train_lanes(config, lanes, corpus, vocabulary, every=10, windows=512):
     import optax
     from minitf import data, model, theory, train
     optimizer = train.make_optimizer(replace(config, learning_rate=1.0, ends=1.0, qk=1.0, vo=1.0, orthogonality=0.0))
-    own = [name for name in LANE if name not in ("gamma", "seed") and (name != "orthogonality" or any(lane[name] for lane in lanes))]
+    own = [name for name in LANE if name not in (*OF_ATTENTION, "seed") and (name != "orthogonality" or any(lane[name] for lane in lanes))]
     steering = {name.replace("learning_rate", "rate"): jnp.array([lane[name] for lane in lanes], jnp.float32) for name in own}
-    constants = [theory.constants(replace(config, gamma=lane["gamma"])) for lane in lanes]
+    constants = [theory.constants(replace(config, **{name: lane[name] for name in OF_ATTENTION})) for lane in lanes]
+    if any(lane["far"] for lane in lanes):                # heads that are alike have one row: here as many as the others
+        each_head = lambda table: jnp.broadcast_to(table, (len(table), config.heads, *table.shape[2:]))
+        constants = jax.tree.map(each_head, constants)
 
     def step(params, state, batch, constants, steering):
         value, gradient = jax.value_and_grad(train.loss)(params, constants, batch, config)
