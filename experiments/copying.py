@@ -4,7 +4,8 @@
     python experiments/copying.py report                prints the table, draws copying.png
 
 Every sequence of 65 tokens is 16 to 32 random ones out of 16, over and over. The first time round costs log 16 = 2.77 nats a token at
-best. What follows is known to whoever finds the same few tokens further back, but for the first token of it: 0.07 nats in the mean. Six blocks of width 64, 32 sequences a step, the rates run.py takes by default.
+best. What follows is known to whoever finds the same few tokens further back, but for the first token of it: 0.07 nats in the mean.
+Six blocks of width 64, 32 sequences a step, the rates run.py takes by default.
 """
 import argparse
 import json
@@ -18,20 +19,20 @@ sys.path.insert(0, str(HERE.parent))
 METRICS = HERE / "copying.jsonl"
 TOKENS, EVERY = 16, 25
 SHAPE = dict(depth=6, batch=32, steps=400, repeat_rate=1 / TOKENS)
-RUNS = {
-    "Pre-LN, softmax": dict(block="preln", optimizer="muon"),
-    "Pre-LN, espa": dict(block="preln", optimizer="muon", attn="espa"),
-    "Pre-LN, espa, one head of four far": dict(block="preln", optimizer="muon", attn="espa", far=1),
-    "no skips, espa": dict(),
-    "no skips, espa, gamma 0.05": dict(gamma=0.05),
-    "no skips, espa, gamma 0.005": dict(gamma=0.005),
-    "no skips, uspa": dict(attn="uspa"),
-    "no skips, espa, one head of four far": dict(far=1),
-    "weighted skips, softmax": dict(block="weighted", attn="softmax"),
-    "weighted skips, espa": dict(block="weighted"),
-    "weighted skips, espa, one head of four far": dict(block="weighted", far=1),
-    "36 blocks, no skips, espa": dict(depth=36),
-    "36 blocks, no skips, espa, one head of four far": dict(depth=36, far=1),
+RUNS = {                                                  # name: (flags, line in the picture)
+    "Pre-LN, softmax": (dict(block="preln", optimizer="muon"), "C7:"),
+    "Pre-LN, espa": (dict(block="preln", optimizer="muon", attn="espa"), "C7--"),
+    "Pre-LN, espa, one head of four far": (dict(block="preln", optimizer="muon", attn="espa", far=1), "C7-"),
+    "no skips, espa": (dict(), "k--"),
+    "no skips, espa, gamma 0.05": (dict(gamma=0.05), None),
+    "no skips, espa, gamma 0.005": (dict(gamma=0.005), None),
+    "no skips, uspa": (dict(attn="uspa"), None),
+    "no skips, espa, one head of four far": (dict(far=1), "k-"),
+    "weighted skips, softmax": (dict(block="weighted", attn="softmax"), "C0:"),
+    "weighted skips, espa": (dict(block="weighted"), "C0--"),
+    "weighted skips, espa, one head of four far": (dict(block="weighted", far=1), "C0-"),
+    "36 blocks, no skips, espa": (dict(depth=36), "C2--"),
+    "36 blocks, no skips, espa, one head of four far": (dict(depth=36, far=1), "C2-"),
 }
 
 
@@ -51,7 +52,7 @@ def run(name):
     """The loss on what repeats, every EVERY steps, on sequences that were not trained on."""
     import jax
     from minitf import Config, model, theory, train
-    config = Config(**SHAPE | RUNS[name])
+    config = Config(**SHAPE | RUNS[name][0])
     params, constants = model.init(jax.random.key(config.seed), config, TOKENS), theory.constants(config)
     state = train.make_optimizer(config).init(params)
     test, repeats = sequences(256, config.length + 1, 10**6)
@@ -61,7 +62,7 @@ def run(name):
         if (step + 1) % EVERY == 0:
             losses.append(float(np.asarray(train.evaluate_tokens(params, constants, test, config))[repeats].mean()))
     with open(METRICS, "a") as file:
-        file.write(json.dumps(dict(name=name, flags=RUNS[name], loss=losses)) + "\n")
+        file.write(json.dumps(dict(name=name, flags=RUNS[name][0], loss=losses)) + "\n")
     print(f"{name}: {losses[-1]:.3f}", flush=True)
 
 
@@ -75,10 +76,8 @@ def report():
     for each in sorted(read(), key=lambda each: list(RUNS).index(each["name"])):
         name, loss = each["name"], dict(zip(steps.tolist(), each["loss"]))
         print(f"| {name} | {loss[100]:.2f} | {loss[200]:.2f} | {loss[400]:.2f} |")
-        color = "C7" if name.startswith("Pre-LN") else "C0" if name.startswith("weighted") else "C2" if name.startswith("36") else "k"
-        style = "-" if name.endswith("far") else ":" if "softmax" in name else "--" if "gamma" not in name and "uspa" not in name else None
-        if style:
-            axes.plot(loss.keys(), loss.values(), color + style, label=name)
+        if RUNS[name][1]:
+            axes.plot(loss.keys(), loss.values(), RUNS[name][1], label=name)
     axes.set(xlabel="step", ylabel="nats a token, where the sequence repeats", ylim=(0, 2.9))
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(HERE / "copying.png", dpi=110)
@@ -87,11 +86,11 @@ def report():
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("run", "report"))
-    parser.add_argument("names", nargs="*", default=[], help=", ".join(RUNS))
+    parser.add_argument("names", nargs="*", default=list(RUNS), help=", ".join(RUNS))
     arguments = parser.parse_args()
     if arguments.what == "report":
         report()
     else:
-        for name in arguments.names or RUNS:
+        for name in arguments.names:
             if name not in [each["name"] for each in read()]:
                 run(name)

@@ -206,9 +206,11 @@ def train_lanes(config, lanes, corpus, vocabulary, every=10, windows=512):
     losses = np.asarray(jnp.stack(losses))[:config.steps // every * every]
     del state
     test = data.spread_windows(corpus.held_out, config.length, windows).reshape(-1, config.batch, config.length + 1)
-    by_position = np.array([np.mean([train.evaluate_tokens(jax.tree.map(lambda leaf: leaf[number], params), constants[number], batch, config)
-                                     for batch in test], (0, 1)) for number in range(len(lanes))])
-    return (np.arange(len(losses) // every) + 1) * every, losses.reshape(-1, every, len(lanes)).mean(1), by_position
+    by_position = []
+    for number, fixed in enumerate(constants):
+        own = jax.tree.map(lambda leaf: leaf[number], params)
+        by_position.append(np.mean([train.evaluate_tokens(own, fixed, batch, config) for batch in test], (0, 1)))
+    return (np.arange(len(losses) // every) + 1) * every, losses.reshape(-1, every, len(lanes)).mean(1), np.array(by_position)
 
 
 # --- What came out ------------------------------------------------------------------------------------------------------

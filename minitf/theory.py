@@ -89,9 +89,9 @@ def constants(config):
     if config.attn not in ("uspa", "espa"):
         return {}
     length, exact = config.length, min(config.length, EXACT_LENGTH)
-    require(not (config.far and config.attn == "espa") or length == exact,
-            f"far must be 0 beyond {EXACT_LENGTH} tokens, where D is not known, not {config.far}")
     if config.attn == "espa":
+        require(config.far == 0 or length == exact,
+                f"far must be 0 beyond {EXACT_LENGTH} tokens, where D is not known, not {config.far}")
         rows = of_heads(config, lambda *pair: spa.exponential_attend(*pair, np.ones((length, 1)))[:, 0])
         made = {"decay": of_heads(config, spa.exponential_decay)}
         # What a position sees is level, to exp(-16) = 1e-7; where EXACT_LENGTH comes first, to a percent of D or so over the depth.
