@@ -99,7 +99,8 @@ STAGES = {
     "tune": {},
     "seeds": {name: dict(seeds=(1, 2)) for name in CONTENDERS},
     "longer": {"vanilla espa Muon": dict(steps=(4, 5.2), seeds=(0,)), "Pre-LN Muon": dict(steps=(4,), seeds=(0,)),
-               "paper espa Muon": dict(steps=(1.3, 2), seeds=(0,)), "paper espa AdamW": dict(steps=(2, 5), seeds=(0,))},
+               "paper espa Muon": dict(steps=(1.3, 2), seeds=(0,)), "paper espa AdamW": dict(steps=(2, 5), seeds=(0,)),
+               "Pre-LN AdamW": dict(steps=(4,), seeds=(0,))},
     "tune longer": {"vanilla espa Muon": dict(steps=(4,), seeds=(0,), changes=(
         dict(gamma=0.03), dict(learning_rate=2.5e-4), dict(learning_rate=1e-3), dict(qk=48.0), dict(ends=30.0), dict(vo=1.0),
         dict(orthogonality=1.0), dict(gamma=0.03, qk=48.0)))},

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.special import softmax
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -30,8 +31,7 @@ def reference(q, k, v, decay, rescale, cotangent):
         keys = np.arange(row[-1] + 1)
         lag = row[:, None] - keys
         z = q[row] @ k[keys].T / np.sqrt(FEATURES) - slope * lag + first * (keys == 0) + own * (lag == 0)
-        p = np.where(lag >= 0, np.exp(z - np.max(np.where(lag >= 0, z, -np.inf), 1, keepdims=True)), 0.0)
-        p /= p.sum(1, keepdims=True)
+        p = softmax(np.where(lag >= 0, z, -np.inf), 1)
         out[row] = rescale[row, None] * (p @ v[keys])
         inner = rescale[row, None] * cotangent[row]
         slopes = p * (inner @ v[keys].T - (inner * (p @ v[keys])).sum(1, keepdims=True)) / np.sqrt(FEATURES)
