@@ -41,6 +41,7 @@ class Config:
     gamma: float | None = flag(None, "espa: the last kernel's decay, gamma_L; default: 25.6 / length, at most 0.8", above=0)
     far: int = flag(0, "espa: how many of the heads look far back, with gamma_far in gamma's place", low=0)
     gamma_far: float | None = flag(None, "espa: their gamma_L; default: 0.32 / length", above=0)
+    own: bool = flag(False, "espa: what a token keeps of itself passes a matrix of its own, so that values and outputs may learn fast")
     rho: float = flag(0.8, "uspa: the last kernel's correlation, rho_L", above=0, below=1)
     rescale: str = flag("expected", "positions' mean square: held at 1, or the paper's row sums alone", "expected", "plain")
     repeat_rate: float | None = flag(None, "chance that two tokens are equal; default: that of the training tokens",
@@ -96,6 +97,7 @@ class Config:
                 f"width must be a multiple of heads: {self.width} is not one of {self.heads}")
         require(self.far <= self.heads, f"far must be at most heads, {self.heads}, not {self.far}")
         require(self.far == 0 or self.rescale == "expected", "far needs rescale expected: plain takes all heads to be alike")
+        require(not self.own or self.attn == "espa", f"own needs attn espa, not {self.attn}")
         require(self.position != "rope" or self.width // self.heads % 2 == 0,
                 f"rope needs an even number of features a head, not {self.width // self.heads}")
         require(self.position != "sinusoidal" or self.width % 2 == 0,
@@ -149,6 +151,7 @@ def validate(configuration, each):
 # Tuned at depth 36 and width 64: learning_rate, ends, qk, vo. Those of paper with one rate for all.
 RATES = {
     "vanilla": dict(muon=(6e-4, 64.0, 16.0, 0.5), adamw=(1.5e-4, 256.0, 16.0, 0.5)),
+    "vanilla own": dict(muon=(6e-4, 64.0, 16.0, 4.0), adamw=(1.5e-4, 256.0, 16.0, 4.0)),
     "paper": dict(muon=(1e-3, 1.0, 1.0, 1.0), adamw=(3e-4, 1.0, 1.0, 1.0)),
     "weighted": dict(muon=(2e-3, 32.0, 4.0, 0.5), adamw=(2e-3, 64.0, 4.0, 0.5)),
     "preln": dict(muon=(8e-3, 16.0, 1.0, 2.0), adamw=(2e-3, 48.0, 1.0, 1.0)),
@@ -161,7 +164,7 @@ def default_rates(config):
     An update of one size an entry has a spectral norm that grows as sqrt(width): the rate falls with it. Without skips
     the relative changes of all blocks add up in their product: the rate falls with the depth as well.
     """
-    skipless = "vanilla" if config.init == "looks_linear" else "paper"
+    skipless = ("vanilla own" if config.own else "vanilla") if config.init == "looks_linear" else "paper"
     kind = "preln" if config.norm != "none" else "weighted" if config.alpha > 0 else skipless
     rate, ends, qk, vo = RATES[kind][config.optimizer]
     rate *= (64 / config.width) ** 0.5 * (min(1, 36 / config.depth) if kind == skipless else 1)

@@ -26,9 +26,9 @@ def decode(params, constants, cache, tokens, start, config):
     so tokens may be padded. The old cache is given up.
     """
     x = model.embed(params, tokens, config, start)                                          # (S, d)
-    own = {name: table if name == "decay" else jax.lax.dynamic_slice_in_dim(table, start, len(tokens), 2)
-           for name, table in constants.items()}                                            # the new positions' rows
-    layers = *model.layers(params, own, config), jnp.arange(config.depth)
+    rows = {name: table if name == "decay" else jax.lax.dynamic_slice_in_dim(table, start, len(tokens), 2)
+            for name, table in constants.items()}                                           # the new positions'
+    layers = *model.layers(params, rows, config), jnp.arange(config.depth)
     (x, cache), _ = jax.lax.scan(lambda state, layer: (block(*state, *layer, start, config), None), (x, cache), layers)
     return model.unembed(params, model.norm(x, params, "norm", config)).astype(jnp.float32), cache
 
@@ -36,14 +36,15 @@ def decode(params, constants, cache, tokens, start, config):
 def block(x, cache, weights, constants, layer, start, config):
     """One block for new tokens: (x (S, d), cache) -> the same, after the block.
 
-    constants: bias (H, S, T) or decay (H, 3), and rescale (H, S). The cache is that of all layers, changed in place.
+    constants: bias (H, S, T) or decay (H, 3), rescale (H, S) and own (1, S). The cache is that of all layers, changed in place.
     """
-    q, k, v = model.unstack(model.project(model.norm(x, weights, "norm1", config), weights, config))   # (S, H, k) each
+    y = model.norm(x, weights, "norm1", config)
+    q, k, v = model.unstack(model.project(y, weights, config))                              # (S, H, k) each
     q, k = (model.turn(each, config, start) for each in (q, k))
     cache = {name: jax.lax.dynamic_update_slice(cache[name], new[None], (layer, start, 0, 0))
              for name, new in (("k", k), ("v", v))}
-    attended = model.softmax_attention(q, cache["k"][layer], cache["v"][layer], **constants, start=start)
-    x = model.skip(x, model.merge(v, attended, weights, config), config)
+    attended = model.softmax_attention(q, cache["k"][layer], cache["v"][layer], **model.of_softmax(constants), start=start)
+    x = model.skip(x, model.kept(y, weights, constants, model.merge(v, attended, weights, config)), config)
     return model.second_half(x, weights, config), cache
 
 

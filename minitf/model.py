@@ -101,8 +101,8 @@ def attention(x, weights, constants, config, length=None):
     """All heads of one layer: x (N, d), as what returns."""
     qkv = project(x, weights, config)                                                       # (N, 3, H, k)
     sequences = qkv.reshape(-1, length or len(x), *qkv.shape[1:])                           # (B, T, 3, H, k)
-    attended = attend(sequences, constants, config).reshape(len(x), *qkv.shape[2:])         # (N, H, k)
-    return merge(qkv[:, 2], attended, weights, config)
+    attended = attend(sequences, of_softmax(constants), config).reshape(len(x), *qkv.shape[2:])    # (N, H, k)
+    return kept(x, weights, constants, merge(qkv[:, 2], attended, weights, config))
 
 
 def project(x, weights, config):
@@ -116,6 +116,23 @@ def merge(v, attended, weights, config):
     if config.attn == "vskip":
         attended = weights["vskip_alpha"][:, None] * v + weights["vskip_beta"][:, None] * attended
     return attended.reshape(len(v), -1) @ weights["output"]
+
+
+def of_softmax(constants):
+    """What `attend` is given of a layer's constants."""
+    return {name: table for name, table in constants.items() if name != "own"}
+
+
+def kept(x, weights, constants, out):
+    """What a token keeps of itself, c x W, added to what attention gave it, (N, d): where that has a matrix of its own (--own).
+
+    W^V W^O carries the signal of a network without skips, so it may change but slowly. With A = c I + P it need not: W starts
+    as W^V W^O, which changes nothing, and what others say, P x W^V W^O, can be learned at the pace of other transformers.
+    """
+    if "own" not in weights:
+        return out
+    c = jnp.tile(constants["own"][0], len(x) // constants["own"].shape[-1])[:, None]        # (N, 1)
+    return out + (c * (x @ weights["own"])).astype(x.dtype)
 
 
 def attend(qkv, constants, config):
@@ -278,6 +295,8 @@ def init(key, config, vocabulary):
     # to be unlearned first, so it starts at zero. With a final norm the customary random one learns faster.
     head = gaussian(d, vocabulary, std=d**-0.5 if config.norm != "none" else 0.0)
     params = {"embed": gaussian(vocabulary, d), "blocks": blocks, "head": head}
+    if config.own:
+        blocks["own"] = jnp.matmul(blocks["value"], blocks["output"], precision="highest")
     if config.attn == "vskip":                                                              # A <- 1 I + 0 A(X)
         blocks["vskip_alpha"], blocks["vskip_beta"] = jnp.ones((depth, config.heads)), jnp.zeros((depth, config.heads))
     if config.norm != "none":

@@ -106,6 +106,16 @@ def exponential_decay(gamma_in, gamma_out):
     return gamma_out, first - later, log_lambda - later - gamma_out
 
 
+def exponential_own(gamma_in, gamma_out):
+    """(c, lambda): A = c I + P, c = lambda phi_in / phi_out, where log P is the flash form with own = 0: nothing but decay.
+
+    So a row of P is a softmax without a preference for the own token. In partial fractions, S the shift by one token:
+    lambda (1 - phi_in S) / (1 - phi_out S) = c + lambda (1 - phi_in / phi_out) / (1 - phi_out S).
+    """
+    ratio = np.exp(exponential_entries(gamma_in, gamma_out)[0])
+    return ratio * np.exp(gamma_out - gamma_in), ratio
+
+
 def exponential_attend(gamma_in, gamma_out, x):
     """A x for the same A, x (T, n) -> (T, n), in O(T): y_i = phi_out y_(i-1) + lambda (x_i - phi_in x_(i-1)), y_1 = x_1."""
     ratio = np.exp(exponential_entries(gamma_in, gamma_out)[0])

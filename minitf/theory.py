@@ -58,8 +58,10 @@ def log_attentions(config, length):
 
 
 def made_attentions(config, constants):
-    """The same as the network makes it, D softmax(B) with the D in its constants, over all of the length."""
-    rescale, first = np.log(np.asarray(constants["rescale"], float)), np.cumsum([0] + [count for count, _ in kinds(config)])
+    """The same as the network makes it, D softmax(B) with the D in its constants, over all of the length. With --own the row
+    sums of c I and of the rest make up D."""
+    total = np.asarray(constants["rescale"], float) + np.asarray(constants.get("own", 0.0), float)
+    rescale, first = np.log(total), np.cumsum([0] + [count for count, _ in kinds(config)])
     return [[(share, spa.rescale_and_bias(log_a)[1] + rescale[layer, head][:, None]) for head, (share, log_a) in zip(first, heads)]
             for layer, heads in enumerate(log_attentions(config, config.length))]
 
@@ -83,8 +85,9 @@ def predict(config, kernel):
 
 def constants(config):
     """What `forward` scans beside the blocks, in float32: {"rescale": (L, H, T)} and for espa {"decay": (L, H, 3)}, for uspa
-    {"bias": (L, H, T, T)}, with 1 for H where heads are alike; {} for softmax, vskip. ValueError for heads that look far where
-    the context is so long that the recursion is not run over all of it.
+    {"bias": (L, H, T, T)}, with 1 for H where heads are alike; {} for softmax, vskip. With --own also {"own": (L, 1, T)}: c, of
+    which each head's A has so much less. ValueError for heads that look far where the context is so long that the recursion is
+    not run over all of it.
     """
     if config.attn not in ("uspa", "espa"):
         return {}
@@ -101,7 +104,13 @@ def constants(config):
         rows, bias = zip(*(spa.rescale_and_bias(log_a) for (_, log_a), in log_attentions(config, length)))
         rows, made = np.array(rows)[:, None], {"bias": np.array(bias)[:, None]}
     n = np.array([n for n, _ in predict(config, initial_kernel(config, exact))])
-    made["rescale"] = rows / np.pad(n, ((0, 0), (0, length - exact)), mode="edge")[:, None]
+    n = np.pad(n, ((0, 0), (0, length - exact)), mode="edge")[:, None]                      # (L, 1, T)
+    if config.own:                                        # the least that any head's token keeps; the others' rest stays in their softmax
+        kept, diagonal = np.moveaxis(of_heads(config, spa.exponential_own), -1, 0)         # (L, H)
+        least = kept.min(1, keepdims=True)
+        made["decay"][..., 2] += np.log1p(-least / diagonal)
+        rows, made["own"] = rows - least[..., None], least[..., None] / n
+    made["rescale"] = rows / n
     return {name: jnp.asarray(table, jnp.float32) for name, table in made.items()}
 
 

@@ -12,7 +12,8 @@ from . import model
 from .errors import require
 
 CHAIN = ("value", "output", "up", "down")                   # the matrices whose product a signal passes without skips
-MATRICES = ("query", "key", *CHAIN)
+CHAIN_OWN = ("own", "up", "down")                           # the same with --own
+MATRICES = ("query", "key", "own", *CHAIN)
 
 
 def loss(params, constants, batch, config):
@@ -88,12 +89,13 @@ def steer(updates, params, rate, ends, qk, vo, orthogonality):
     stand once in the network, and queries and keys not in the product of matrices that a signal passes: they may learn
     faster. Values and outputs do stand there, and do better at a lower rate than the MLPs.
     """
+    chain = CHAIN_OWN if "own" in params["blocks"] else CHAIN
     multiples = dict(query=qk, key=qk, value=vo, output=vo, embed=ends, position=ends, norm=ends, head=ends)
 
     def one(path, update, w):
         name = path[-1].key
         update = update * (rate * multiples.get(name, 1.0))
-        return update + orthogonality * to_orthogonal(w) if orthogonality is not None and name in CHAIN else update
+        return update + orthogonality * to_orthogonal(w) if orthogonality is not None and name in chain else update
 
     return jax.tree_util.tree_map_with_path(one, updates, params)
 

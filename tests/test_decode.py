@@ -37,7 +37,7 @@ if os.environ.get("MINITF_THOROUGH"):
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_decoding_equals_the_forward_pass(attn, position, data):
-    params, fixed, config = make(attn=attn, far=int(attn == "espa"), position=position, norm="none" if position == "rope" else "layer", alpha=0.6)
+    params, fixed, config = make(attn=attn, far=int(attn == "espa"), own=attn == "espa", position=position, norm="none" if position == "rope" else "layer", alpha=0.6)
     tokens = np.array(data.draw(st.lists(st.integers(0, VOCABULARY - 1), min_size=6, max_size=6)), np.int32)
     given_at_once = data.draw(st.integers(1, 5))
     expected = forward(params, fixed, tokens, config)

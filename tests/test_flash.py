@@ -111,7 +111,7 @@ def test_the_network_gives_the_kernel_what_it_gives_the_specification(attn, far,
 
     Each block rounds sums of up to 4 d terms a few times; nothing in a chain at mean square 1 makes that grow much.
     """
-    config = Config(depth=4, width=64, heads=2, length=72, attn=attn, far=far, repeat_rate=0.01, dtype="float32")
+    config = Config(depth=4, width=64, heads=2, length=72, attn=attn, far=far, own=bool(far), repeat_rate=0.01, dtype="float32")
     key = iter(jax.random.split(jax.random.key(0), 100))
     params = jax.tree.map(lambda w: w + 0.3 / np.sqrt(config.width) * jax.random.normal(next(key), w.shape), model.init(next(key), config, 50))
     tokens, constants = jax.random.randint(next(key), (2, config.length), 0, 50), theory.constants(config)

@@ -75,7 +75,7 @@ def test_command_lines(capsys, monkeypatch):
 
 @pytest.mark.parametrize("flags", [
     "--depth 999999999", "--width 99999999", "--length 999999", "--batch 999999999", "--steps 3000000000", "--prompt x",
-    "--resume a --sample b", "--far 5", "--far 1 --rescale plain", "--out /dev/null", "--out /proc/none/there --depth 1 --length 8"])
+    "--resume a --sample b", "--far 5", "--far 1 --rescale plain", "--own", "--out /dev/null", "--out /proc/none/there --depth 1 --length 8"])
 def test_what_no_machine_can_hold_or_no_run_could_mean(flags, capsys):
     assert refusal(flags.split() + ["--attn", "softmax"] * ("--resume" not in flags), capsys)
 

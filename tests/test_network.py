@@ -159,6 +159,20 @@ def test_whole_networks_that_look_linear_make_the_prescribed_kernels(attn, seed,
         assert np.max(np.abs(y @ y.T / D - sigma)) <= tolerance
 
 
+@pytest.mark.parametrize("flags", [dict(), dict(far=1), dict(block="weighted"), dict(block="preln", attn="espa"), dict(dtype="bfloat16")], ids=str)
+def test_a_matrix_of_its_own_changes_nothing_at_first(flags):
+    """--own at initialisation: the same logits from the same parameters, to the rounding of each block's products."""
+    config = Config(depth=4, width=D, heads=4, length=T, repeat_rate=0.1, **flags)
+    tokens, found = random_tokens(0, 3, T), []
+    for each in (config, replace(config, own=True)):
+        params = init(jax.random.key(0), each, V)
+        params["head"] = jax.random.normal(jax.random.key(1), params["head"].shape)
+        found.append(np.asarray(forward(params, theory.constants(each), tokens, each), float))
+    eps = EPS32 if config.dtype is None else 2.0**-8
+    assert np.max(np.abs(found[0] - found[1])) <= 4 * config.depth * 2 * np.sqrt(D) * eps * np.max(np.abs(found[0]))
+    assert "own" in params["blocks"] and np.max(np.abs(found[0])) > 1
+
+
 # --- Whatever the parameters -----------------------------------------------------------------------------------------------
 
 @given(st.sampled_from(["softmax", *SILENT]), seeds, st.integers(1, T - 1))
@@ -265,7 +279,7 @@ def steps_from_theory(width, samples, config):
     tokens, config = tokens[1000:1000 + config.length].astype(np.int32), replace(config, width=width)
     one = reading(tokens, config, vocabulary)
     measured = np.array([one(key) for key in jax.random.split(jax.random.key(7), samples)], float)
-    constants, still = theory.constants(config), theory.log_attentions(replace(config, attn="vskip"), config.length)
+    constants, still = theory.constants(config), theory.log_attentions(replace(config, attn="vskip", own=False), config.length)
     made = theory.made_attentions(config, constants) if constants else still                    # with the network's own D
     correlation_map = theory.activation(config).correlation_map
 
@@ -285,7 +299,7 @@ REAL = Config(block="paper", depth=14, width=16, heads=2, length=16, repeat_rate
 SAMPLES = 192
 
 
-@pytest.mark.parametrize("changes", [dict(attn="espa"), dict(attn="espa", far=1, gamma=0.8, rescale="expected"), dict(attn="uspa"), dict(attn="vskip"),
+@pytest.mark.parametrize("changes", [dict(attn="espa"), dict(attn="espa", far=1, gamma=0.8, rescale="expected", own=True), dict(attn="uspa"), dict(attn="vskip"),
                                      dict(block="weighted"), dict(attn="espa", repeat_rate=0.3)], ids=str)
 def test_real_kernels_are_the_predicted_ones(changes):
     """Default eta, MLPs, repeats and all. The recursion is exact in the mean at any width, one half of a block at a time:

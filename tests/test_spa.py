@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.special import softmax
 
-from minitf import Config, spa, theory
+from minitf import Config, model, spa, theory
 from minitf.activations import leaky_correlation
 
 EPS, EPS32 = np.finfo(np.float64).eps, np.finfo(np.float32).eps
@@ -249,6 +250,35 @@ def test_each_head_has_its_own_memory(gamma, gamma_far, heads, far, length):
         assert np.array_equal(constants["decay"][:, row], theory.constants(alone)["decay"][:, 0])
         rowsum = np.exp([log_a for (_, log_a), in theory.log_attentions(alone, length)]).sum(-1)
         assert np.allclose(constants["rescale"][:, row], rowsum / n, rtol=(4 * length + 40) * EPS32)
+
+
+@given(pairs().filter(lambda pair: pair[0] == "exponential"))
+def test_what_a_token_keeps_of_itself_leaves_nothing_but_decay(pair):
+    """A = c I + P with c >= 0, and log P is the flash form without its term for the own key; relative to each row's largest entry."""
+    _, *pair, length = pair
+    log_a, (c, ratio), (slope, first, own) = \
+        spa.exponential_log_attention(*pair, length), spa.exponential_own(*pair), spa.exponential_decay(*pair)
+    lag = np.arange(length)[:, None] - np.arange(length)
+    log_p = np.where(lag >= 0, -slope * lag + np.where(np.arange(length) == 0, first, 0.0), -np.inf) + np.log(ratio) - own
+    assert 0 <= c < ratio
+    assert np.max(np.abs(np.exp(log_p) + c * np.eye(length) - np.exp(log_a))) <= 20 * EPS * (1 + slope * length)
+
+
+@given(gammas, gammas, st.integers(1, 4), st.integers(0, 4), repeat_rates, lengths)
+def test_a_matrix_of_its_own_takes_the_least_that_any_head_keeps(gamma, gamma_far, heads, far, r, length):
+    """D softmax(B) of each head without it = c I + D' softmax(B') with it; c is as large as that allows: one head keeps nothing."""
+    config = Config(depth=3, width=2 * heads, heads=heads, far=min(far, heads), gamma=gamma, gamma_far=gamma_far, length=length, repeat_rate=r)
+    plain, apart = theory.constants(config), theory.constants(replace(config, own=True))
+
+    def matrices(constants):                                                   # (L, H, T, T)
+        bias = np.array(jax.vmap(lambda decay: model.decay_bias(decay, 0, length, length))(constants["decay"]), float)
+        return np.asarray(constants["rescale"], float)[..., None] * softmax(bias, -1)
+
+    c = np.asarray(apart["own"], float)[..., None] * np.eye(length)
+    size = np.asarray(plain["rescale"], float)[..., None]
+    wrong = np.abs(matrices(apart) + c - matrices(plain)) / size
+    assert np.max(wrong) <= 8 * EPS32 * (2 + np.max(np.abs(plain["decay"])) * length)
+    assert np.all(c >= 0) and np.max(np.abs(np.min(apart["decay"][..., 2], 1))) <= 4 * EPS32 * (1 + np.max(plain["decay"][..., 2]))
 
 
 @given(st.sampled_from(["espa", "uspa"]), gammas, rhos, repeat_rates, lengths)
