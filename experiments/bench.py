@@ -40,6 +40,7 @@ def main():
     constants = theory.constants(config)
     seconds_constants = time.perf_counter() - started
     params = jax.jit(model.init, static_argnums=(1, 2))(jax.random.key(0), config, vocabulary)
+    weights = params["head"].size + sum(w.size for w in params["blocks"].values() if w.ndim == 3)
     opt_state = train.make_optimizer(config).init(params)
     tokens = np.random.default_rng(0).integers(0, vocabulary, 10**6, np.int32)
 
@@ -57,7 +58,7 @@ def main():
     steps(1, 3)
     seconds, loss = steps(4, timed)
     rate = timed * config.batch * config.length / seconds
-    work = 6 * (12 * config.depth * config.width**2 + config.width * vocabulary) + 6 * config.depth * config.length * config.width
+    work = 6 * weights + 6 * config.depth * config.length * config.width
     peak = product_rate(model.compute_dtype(config))
     memory = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
     print(json.dumps({

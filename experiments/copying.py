@@ -28,11 +28,16 @@ RUNS = {                                                  # name: (flags, line i
     "no skips, espa, gamma 0.005": (dict(gamma=0.005), None),
     "no skips, uspa": (dict(attn="uspa"), None),
     "no skips, espa, one head of four far": (dict(far=1), "k-"),
+    "no skips, espa, own matrix, gamma 0.05": (dict(own=True, gamma=0.05), None),
+    "no skips, espa, own matrix, one head of four far": (dict(own=True, far=1), "C3-"),
     "weighted skips, softmax": (dict(block="weighted", attn="softmax"), "C0:"),
     "weighted skips, espa": (dict(block="weighted"), "C0--"),
     "weighted skips, espa, one head of four far": (dict(block="weighted", far=1), "C0-"),
     "36 blocks, no skips, espa": (dict(depth=36), "C2--"),
     "36 blocks, no skips, espa, one head of four far": (dict(depth=36, far=1), "C2-"),
+    "36 blocks, no skips, espa, gamma 0.05": (dict(depth=36, gamma=0.05), None),
+    "36 blocks, no skips, espa, own matrix, gamma 0.05": (dict(depth=36, own=True, gamma=0.05), None),
+    "36 blocks, no skips, espa, own matrix, one head of four far": (dict(depth=36, own=True, far=1), "C1-"),
 }
 
 

@@ -23,6 +23,7 @@ METRICS = HERE / "headline.jsonl"
 SHAPE = dict(depth=36, width=256, heads=4, length=256, batch=32, steps=300)
 CONTENDERS = {                                            # name: flags; "paper": the published initialisation and activation
     "vanilla espa Muon": dict(block="vanilla"),
+    "vanilla own Muon": dict(block="vanilla", own=True),  # espa, with a matrix of its own for what a token keeps of itself
     "vanilla espa AdamW": dict(block="vanilla", optimizer="adamw"),
     "vanilla softmax Muon": dict(block="vanilla", attn="softmax"),
     "paper espa Muon": dict(block="paper", optimizer="muon"),
@@ -69,6 +70,9 @@ TRIALS = {
     + around(lane(5e-4, 62.0, 16.0, orthogonality=0.2, gamma=0.1, vo=0.5), dict(ends=124.0), dict(ends=88.0, qk=11.0), dict(ends=88.0, vo=0.25),
              dict(ends=88.0, gamma=0.05), dict(learning_rate=3.5e-4, ends=88.0), dict(learning_rate=3.5e-4, ends=176.0),
              dict(learning_rate=7e-4, ends=88.0, vo=0.25)),
+    "vanilla own Muon": around(lane(5e-4, 88.0, 16.0, orthogonality=0.2, gamma=0.1, vo=4.0), dict(vo=1.0), dict(vo=2.0), dict(vo=8.0),
+                               dict(learning_rate=2.5e-4, ends=176.0, qk=32.0, vo=8.0), dict(gamma=0.05), dict(qk=32.0),
+                               dict(orthogonality=0.05)),
     "vanilla espa AdamW": grid((5e-5, 1e-4, 2e-4), (64.0,), (8.0, 32.0)) + [lane(1e-4, 256.0, 16.0), lane(1e-4, 64.0, 2.0), lane(2e-4, 16.0, 16.0)]
     + around(lane(1e-4, 256.0, 16.0, orthogonality=0.2, gamma=0.05, vo=0.5), dict(learning_rate=1.6e-4), dict(ends=512.0), dict(qk=8.0),
              dict(orthogonality=0.5), dict(vo=1.0)),
@@ -98,7 +102,7 @@ CHAINS = dict(learning_rate=5e-4, ends=88.0, qk=16.0, vo=0.25)   # the rates of 
 STAGES = {
     "tune": {},
     "seeds": {name: dict(seeds=(1, 2)) for name in CONTENDERS},
-    "longer": {"vanilla espa Muon": dict(steps=(4, 5.2), seeds=(0,)), "Pre-LN Muon": dict(steps=(4,), seeds=(0,)),
+    "longer": {"vanilla espa Muon": dict(steps=(4, 5.2), seeds=(0,)), "vanilla own Muon": dict(steps=(4, 5.2), seeds=(0,)), "Pre-LN Muon": dict(steps=(4,), seeds=(0,)),
                "paper espa Muon": dict(steps=(1.3, 2), seeds=(0,)), "paper espa AdamW": dict(steps=(2, 5), seeds=(0,)),
                "Pre-LN AdamW": dict(steps=(4,), seeds=(0,))},
     "tune longer": {"vanilla espa Muon": dict(steps=(4,), seeds=(0,), changes=(
@@ -110,7 +114,7 @@ STAGES = {
     # Why long training favours Pre-LN: its rates, its attention without decay, or the arithmetic?
     "why": {"Pre-LN Muon": dict(steps=(2,), seeds=(0,), changes=({}, CHAINS, CHAINS | dict(learning_rate=2e-3, qk=4.0))),
             "Pre-LN espa Muon": dict(steps=(2,), seeds=(0,), changes=(dict(gamma=0.1), dict(gamma=0.025))),
-            "vanilla espa Muon": dict(steps=(2,), seeds=(0,))},
+            "vanilla espa Muon": dict(steps=(2,), seeds=(0,)), "vanilla own Muon": dict(steps=(2,), seeds=(0,))},
     # Do heads that look far back mend it?
     "far": {"vanilla espa Muon": dict(steps=(2,), seeds=(0,), changes=[
                 dict(far=1, gamma=gamma, gamma_far=far) for gamma in (0.1, 0.2, 0.4, 0.8) for far in (0.00125, 0.01)]),
@@ -248,7 +252,7 @@ def loss(run):
     return f"{run['held_out']:.3f} ({run['bits_per_byte']:.3f})"
 
 
-DRAWN = {"vanilla espa Muon": "k-", "vanilla espa AdamW": "k--", "vanilla softmax Muon": "k:", "paper espa Muon": "C3-",
+DRAWN = {"vanilla espa Muon": "k-", "vanilla espa AdamW": "k--", "vanilla softmax Muon": "k:", "vanilla own Muon": "C0-", "paper espa Muon": "C3-",
          "paper espa AdamW": "C3--", "Pre-LN Muon": "C7-", "Pre-LN AdamW": "C7--"}
 
 

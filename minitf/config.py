@@ -151,7 +151,7 @@ def validate(configuration, each):
 # Tuned at depth 36 and width 64: learning_rate, ends, qk, vo. Those of paper with one rate for all.
 RATES = {
     "vanilla": dict(muon=(6e-4, 64.0, 16.0, 0.5), adamw=(1.5e-4, 256.0, 16.0, 0.5)),
-    "vanilla own": dict(muon=(6e-4, 64.0, 16.0, 4.0), adamw=(1.5e-4, 256.0, 16.0, 4.0)),
+    "vanilla own": dict(muon=(6e-4, 64.0, 16.0, 8.0), adamw=(1.5e-4, 256.0, 16.0, 8.0)),
     "paper": dict(muon=(1e-3, 1.0, 1.0, 1.0), adamw=(3e-4, 1.0, 1.0, 1.0)),
     "weighted": dict(muon=(2e-3, 32.0, 4.0, 0.5), adamw=(2e-3, 64.0, 4.0, 0.5)),
     "preln": dict(muon=(8e-3, 16.0, 1.0, 2.0), adamw=(2e-3, 48.0, 1.0, 1.0)),

@@ -14,7 +14,8 @@ def describe(config, params, corpus, out):
     skips = "no skips" if config.alpha == 0 else f"skips {config.alpha:.3g} + {config.beta:.3g}"
     norms = "no norms" if config.norm == "none" else f"{config.norm} norms"
     far = f" ({config.far} of {config.heads} heads far: {config.gamma_far:g})" if config.far else ""
-    target = {"espa": f", gamma {config.gamma:g}{far}", "uspa": f", rho {config.rho:g}"}.get(config.attn, "")
+    own = ", a matrix of its own for what a token keeps" * config.own
+    target = {"espa": f", gamma {config.gamma:g}{far}{own}", "uspa": f", rho {config.rho:g}"}.get(config.attn, "")
     rescale = f", rescale {config.rescale}" if target else ""
     phi = theory.activation(config)
     shape = f"slope {phi.slope:.4f}" if phi.name.endswith("relu") else \
