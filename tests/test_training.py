@@ -98,6 +98,7 @@ def test_each_parameter_moves_at_its_own_rate(own):
     config = Config(**SHAPE, repeat_rate=0.012, own=own, ends=1.0, qk=1.0, vo=1.0, orthogonality=0.0, warmup=0, optimizer="adamw")
     params = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(1), leaf.shape),
                           model.init(jax.random.key(0), config, 50))
+    assert {name for name, leaf in params["blocks"].items() if leaf.ndim == 3} <= set(train.MATRICES)        # which Muon trains
     gradient = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(leaf.size), leaf.shape), params)
 
     def moves(**flags):
