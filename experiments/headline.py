@@ -25,6 +25,7 @@ CONTENDERS = {                                            # name: flags; "paper"
     "vanilla espa Muon": dict(block="vanilla"),
     "vanilla own Muon": dict(block="vanilla", own=True),  # espa, with a matrix of its own for what a token keeps of itself
     "vanilla espa AdamW": dict(block="vanilla", optimizer="adamw"),
+    "vanilla own AdamW": dict(block="vanilla", own=True, optimizer="adamw"),
     "vanilla softmax Muon": dict(block="vanilla", attn="softmax"),
     "paper espa Muon": dict(block="paper", optimizer="muon"),
     "paper espa AdamW": dict(block="paper"),
@@ -72,7 +73,16 @@ TRIALS = {
              dict(learning_rate=7e-4, ends=88.0, vo=0.25)),
     "vanilla own Muon": around(lane(5e-4, 88.0, 16.0, orthogonality=0.2, gamma=0.1, vo=4.0), dict(vo=1.0), dict(vo=2.0), dict(vo=8.0),
                                dict(learning_rate=2.5e-4, ends=176.0, qk=32.0, vo=8.0), dict(gamma=0.05), dict(qk=32.0),
-                               dict(orthogonality=0.05)),
+                               dict(orthogonality=0.05))
+    + around(lane(2.5e-4, 176.0, 32.0, orthogonality=0.2, gamma=0.1, vo=16.0), dict(vo=32.0), dict(learning_rate=1.25e-4, ends=352.0, qk=64.0),
+             dict(qk=64.0, vo=8.0), dict(ends=352.0, vo=8.0), dict(gamma=0.05, vo=8.0), dict(orthogonality=0.4, vo=8.0),
+             dict(learning_rate=3.5e-4, ends=128.0, vo=8.0))
+    + around(lane(2.5e-4, 176.0, 64.0, orthogonality=0.2, gamma=0.1, vo=16.0), dict(qk=128.0), dict(qk=128.0, vo=8.0), dict(gamma=0.2, vo=8.0),
+             dict(ends=352.0, vo=8.0), dict(orthogonality=0.5, vo=8.0), dict(learning_rate=3.5e-4, ends=128.0, qk=46.0, vo=8.0),
+             dict(learning_rate=3.5e-4, ends=128.0, qk=46.0)),
+    "vanilla own AdamW": around(lane(1e-4, 512.0, 16.0, orthogonality=0.2, gamma=0.1, vo=4.0), dict(vo=1.0), dict(vo=8.0), dict(vo=16.0),
+                                dict(gamma=0.05), dict(qk=32.0, vo=8.0), dict(learning_rate=5e-5, ends=1024.0, qk=32.0, vo=8.0),
+                                dict(learning_rate=1.6e-4, ends=256.0, qk=8.0)),
     "vanilla espa AdamW": grid((5e-5, 1e-4, 2e-4), (64.0,), (8.0, 32.0)) + [lane(1e-4, 256.0, 16.0), lane(1e-4, 64.0, 2.0), lane(2e-4, 16.0, 16.0)]
     + around(lane(1e-4, 256.0, 16.0, orthogonality=0.2, gamma=0.05, vo=0.5), dict(learning_rate=1.6e-4), dict(ends=512.0), dict(qk=8.0),
              dict(orthogonality=0.5), dict(vo=1.0)),
@@ -104,10 +114,17 @@ STAGES = {
     "seeds": {name: dict(seeds=(1, 2)) for name in CONTENDERS},
     "longer": {"vanilla espa Muon": dict(steps=(4, 5.2), seeds=(0,)), "vanilla own Muon": dict(steps=(4, 5.2), seeds=(0,)), "Pre-LN Muon": dict(steps=(4,), seeds=(0,)),
                "paper espa Muon": dict(steps=(1.3, 2), seeds=(0,)), "paper espa AdamW": dict(steps=(2, 5), seeds=(0,)),
-               "Pre-LN AdamW": dict(steps=(4,), seeds=(0,))},
+               "Pre-LN AdamW": dict(steps=(4,), seeds=(0,)), "vanilla espa AdamW": dict(steps=(4,), seeds=(0,)),
+               "weighted espa Muon": dict(steps=(4,), seeds=(0,))},
     "tune longer": {"vanilla espa Muon": dict(steps=(4,), seeds=(0,), changes=(
         dict(gamma=0.03), dict(learning_rate=2.5e-4), dict(learning_rate=1e-3), dict(qk=48.0), dict(ends=30.0), dict(vo=1.0),
-        dict(orthogonality=1.0), dict(gamma=0.03, qk=48.0)))},
+        dict(orthogonality=1.0), dict(gamma=0.03, qk=48.0))),
+        "vanilla own Muon": dict(steps=(4,), seeds=(0,), changes=[lane(2.5e-4, 176.0, 64.0, orthogonality=0.2, gamma=0.1, vo=8.0) | change for change in (
+            {}, dict(gamma=0.2), dict(orthogonality=0.5), dict(far=1, gamma_far=0.01), dict(qk=32.0, vo=16.0),
+            dict(learning_rate=1.25e-4), dict(learning_rate=1.25e-4, ends=352.0, vo=16.0), dict(learning_rate=1.25e-4, ends=352.0, qk=128.0, vo=16.0),
+            *around(dict(learning_rate=1.25e-4, ends=352.0, vo=16.0, far=1, gamma_far=0.01), dict(gamma_far=0.02), dict(far=2), dict(gamma=0.2)))])},
+    "longer pace": {"vanilla own Muon": dict(steps=(5.2,), seeds=(0,), changes=[lane(1.25e-4, 352.0, 64.0, orthogonality=0.2, gamma=0.1, vo=16.0) | change for change in (
+        {}, dict(far=1, gamma_far=0.01), dict(gamma=0.05), dict(qk=32.0, vo=32.0), dict(learning_rate=6.25e-5, ends=704.0, vo=32.0))])},
     "pace": {"vanilla espa Muon": dict(steps=(1.3,), seeds=(0, 1, 2))},
     "wide": {name: dict(seeds=(0, 1, 2), flags=dict(width=512, heads=8)) for name in CONTENDERS},
     "wide pace": {"vanilla espa Muon": dict(steps=(1.3,), seeds=(0, 1, 2), flags=dict(width=512, heads=8))},
@@ -118,6 +135,8 @@ STAGES = {
     # Do heads that look far back mend it?
     "far": {"vanilla espa Muon": dict(steps=(2,), seeds=(0,), changes=[
                 dict(far=1, gamma=gamma, gamma_far=far) for gamma in (0.1, 0.2, 0.4, 0.8) for far in (0.00125, 0.01)]),
+            "vanilla own Muon": dict(steps=(2,), seeds=(0,), changes=[
+                dict(far=1), dict(far=1, gamma_far=0.01), dict(far=2), dict(far=2, gamma=0.4), dict(gamma=0.05), dict(gamma=0.025), dict(gamma=0.0125)]),
             "Pre-LN espa Muon": dict(steps=(2,), seeds=(0,), changes=[dict(far=1, gamma=gamma) for gamma in (0.1, 0.4)])},
     "precision": {"vanilla espa Muon": dict(steps=(4,), seeds=(0,), flags=dict(dtype="float32"))},
 }
