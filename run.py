@@ -59,7 +59,7 @@ def make_parser():
     parser = Parser(prog="run.py", description=__doc__, allow_abbrev=False)
     for each in {each.name: each for each in (*fields(Sampling), *fields(Config))}.values():
         default = "" if each.default is None or each.name == "prompt" else f" (default: {each.default})"
-        how = dict(action="store_true") if kind(each) is bool else \
+        how = dict(action=argparse.BooleanOptionalAction) if kind(each) is bool else \
             dict(type=kind(each), metavar="|".join(each.metadata["choices"]) or kind(each).__name__.upper())
         parser.add_argument("--" + each.name.replace("_", "-"), default=argparse.SUPPRESS,
                             help=(each.metadata["text"] + default).replace("%", "%%"), **how)
@@ -256,7 +256,7 @@ def inspect(config, plot):
     out = report.report(config, windows, vocabulary)
     print(report.table(out))
     if plot:
-        report.plot(out, report.report(replace(config, attn="softmax"), windows, vocabulary), config, plot)
+        report.plot(out, report.report(replace(config, attn="softmax", own=False), windows, vocabulary), config, plot)
     print(report.verdict(out, config))
 
 

@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 METRICS = HERE / "copying.jsonl"
 TOKENS, EVERY = 16, 25
-SHAPE = dict(depth=6, batch=32, steps=400, repeat_rate=1 / TOKENS)
+SHAPE = dict(depth=6, batch=32, steps=400, repeat_rate=1 / TOKENS, own=False, gamma_far=0.005)
 RUNS = {                                                  # name: (flags, line in the picture)
     "Pre-LN, softmax": (dict(block="preln", optimizer="muon"), "C7:"),
     "Pre-LN, espa": (dict(block="preln", optimizer="muon", attn="espa"), "C7--"),

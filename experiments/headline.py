@@ -22,9 +22,9 @@ sys.path.insert(0, str(HERE.parent))
 METRICS = HERE / "headline.jsonl"
 SHAPE = dict(depth=36, width=256, heads=4, length=256, batch=32, steps=300)
 CONTENDERS = {                                            # name: flags; "paper": the published initialisation and activation
-    "vanilla espa Muon": dict(block="vanilla"),
+    "vanilla espa Muon": dict(block="vanilla", own=False),
     "vanilla own Muon": dict(block="vanilla", own=True),  # espa, with a matrix of its own for what a token keeps of itself
-    "vanilla espa AdamW": dict(block="vanilla", optimizer="adamw"),
+    "vanilla espa AdamW": dict(block="vanilla", own=False, optimizer="adamw"),
     "vanilla own AdamW": dict(block="vanilla", own=True, optimizer="adamw"),
     "vanilla softmax Muon": dict(block="vanilla", attn="softmax"),
     "paper espa Muon": dict(block="paper", optimizer="muon"),

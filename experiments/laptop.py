@@ -18,6 +18,8 @@ EVERY = 10
 RUNS = {  # flags: (skips, norms, optimizer, line)
     "--attn espa": ("no", "no", "Muon", "k-"),
     "--attn espa --optimizer adamw": ("no", "no", "AdamW", "k--"),
+    "--attn espa --no-own": ("no", "no", "Muon", "C2-"),
+    "--attn espa --no-own --optimizer adamw": ("no", "no", "AdamW", "C2--"),
     "--attn vskip": ("no", "no", "Muon", None),
     "--attn uspa": ("no", "no", "Muon", None),
     "--attn softmax": ("no", "no", "Muon", "k:"),
@@ -66,7 +68,7 @@ def report():
             losses = np.mean([each["loss"] for each in runs[name]], 0)
             axes.plot((np.arange(len(losses)) + 1) * EVERY, losses, line, label=f"{name}: {mean(name):.2f}")
     axes.set(xlabel="step", ylabel="training loss, nats a token", ylim=(3.6, 6.5),
-             title="36 blocks on two CPU cores. Black: no skips, no norms.\nRed: with the published initialisation. Blue: weighted skips.\n"
+             title="36 blocks on two CPU cores. Black: no skips, no norms; green: all in values and outputs.\nRed: with the published initialisation. Blue: weighted skips.\n"
                    "Grey: the standard transformer. Numbers: held out")
     axes.legend(fontsize="small", title="python run.py ...", loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(HERE / "laptop.png", dpi=110)

@@ -3,7 +3,7 @@ from dataclasses import dataclass, field, fields
 from math import inf, isfinite, sqrt
 from typing import get_args
 
-from . import activations
+from . import activations, spa
 from .errors import require
 
 # What a kind of block brings along; any flag given beside it wins. paper: vanilla as He et al. have it.
@@ -39,9 +39,11 @@ class Config:
                       "transformer", *BLOCKS)
     attn: str | None = flag(None, "attention", "softmax", "vskip", "uspa", "espa")
     gamma: float | None = flag(None, "espa: the last kernel's decay, gamma_L; default: 25.6 / length, at most 0.8", above=0)
-    far: int = flag(0, "espa: how many of the heads look far back, with gamma_far in gamma's place", low=0)
-    gamma_far: float | None = flag(None, "espa: their gamma_L; default: 0.32 / length", above=0)
-    own: bool = flag(False, "espa: what a token keeps of itself passes a matrix of its own, so that values and outputs may learn fast")
+    own: bool | None = flag(None, "espa: what a token keeps of itself passes a matrix of its own, so that values and outputs may learn "
+                            "fast; default: for vanilla")
+    far: int | None = flag(None, "espa: how many of the heads look far back, with gamma_far in gamma's place; default: with own a "
+                           f"quarter, where the context has 256 to {spa.EXACT_LENGTH:,} tokens, else 0", low=0)
+    gamma_far: float | None = flag(None, "espa: their gamma_L; default: a fifth of gamma", above=0)
     rho: float = flag(0.8, "uspa: the last kernel's correlation, rho_L", above=0, below=1)
     rescale: str = flag("expected", "positions' mean square: held at 1, or the paper's row sums alone", "expected", "plain")
     repeat_rate: float | None = flag(None, "chance that two tokens are equal; default: that of the training tokens",
@@ -85,18 +87,18 @@ class Config:
         if self.alpha is not None and self.beta is None:
             require(self.alpha <= 1, f"alpha must be at most 1 when beta is left to it, not {self.alpha:g}")
             preset["beta"] = sqrt(1 - self.alpha**2)
-        for name, value in preset.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-        rest = dict(gamma=min(0.8, 25.6 / self.length), gamma_far=0.32 / self.length, warmup=self.steps // 20,
-                    save_every=max(self.steps // 5, 1))
-        for name, value in (default_rates(self) | rest).items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
+        complete(self, preset)
+        complete(self, dict(own=self.attn == "espa" and family(self) == "vanilla"))
+        far = self.heads // 4 if self.own and self.rescale == "expected" and 256 <= self.length <= spa.EXACT_LENGTH else 0
+        complete(self, dict(far=far, gamma=min(0.8, 25.6 / self.length), warmup=self.steps // 20,
+                            save_every=max(self.steps // 5, 1)))
+        complete(self, dict(gamma_far=self.gamma / 5) | default_rates(self))
         require(self.width % self.heads == 0,
                 f"width must be a multiple of heads: {self.width} is not one of {self.heads}")
         require(self.far <= self.heads, f"far must be at most heads, {self.heads}, not {self.far}")
         require(self.far == 0 or self.rescale == "expected", "far needs rescale expected: plain takes all heads to be alike")
+        require(self.far == 0 or self.length <= spa.EXACT_LENGTH,
+                f"far must be 0 beyond {spa.EXACT_LENGTH} tokens, where D is not known, not {self.far}")
         require(not self.own or self.attn == "espa", f"own needs attn espa, not {self.attn}")
         require(self.position != "rope" or self.width // self.heads % 2 == 0,
                 f"rope needs an even number of features a head, not {self.width // self.heads}")
@@ -126,6 +128,13 @@ class Sampling:
             validate(self, each)
 
 
+def complete(configuration, values):
+    """Gives the fields that are None these values, {name: value}."""
+    for name, value in values.items():
+        if getattr(configuration, name) is None:
+            object.__setattr__(configuration, name, value)
+
+
 def kind(each):
     """The type of a field's values other than None."""
     return (get_args(each.type) or [each.type])[0]
@@ -148,10 +157,16 @@ def validate(configuration, each):
         require(fine, f"{name} must be {allowed or 'finite'}, not {value}")
 
 
-# Tuned at depth 36 and width 64: learning_rate, ends, qk, vo. Those of paper with one rate for all.
+def family(config):
+    """Which of BLOCKS a network is like, whatever its flags were: by its norms, its skips, its initialisation."""
+    skipless = "vanilla" if config.init == "looks_linear" else "paper"
+    return "preln" if config.norm != "none" else "weighted" if config.alpha > 0 else skipless
+
+
+# Tuned at depth 36, as at width 64: learning_rate, ends, qk, vo. Those of paper with one rate for all.
 RATES = {
     "vanilla": dict(muon=(6e-4, 64.0, 16.0, 0.5), adamw=(1.5e-4, 256.0, 16.0, 0.5)),
-    "vanilla own": dict(muon=(6e-4, 64.0, 16.0, 8.0), adamw=(1.5e-4, 256.0, 16.0, 8.0)),
+    "vanilla own": dict(muon=(4e-4, 200.0, 40.0, 16.0), adamw=(2e-4, 512.0, 24.0, 16.0)),
     "paper": dict(muon=(1e-3, 1.0, 1.0, 1.0), adamw=(3e-4, 1.0, 1.0, 1.0)),
     "weighted": dict(muon=(2e-3, 32.0, 4.0, 0.5), adamw=(2e-3, 64.0, 4.0, 0.5)),
     "preln": dict(muon=(8e-3, 16.0, 1.0, 2.0), adamw=(2e-3, 48.0, 1.0, 1.0)),
@@ -164,8 +179,7 @@ def default_rates(config):
     An update of one size an entry has a spectral norm that grows as sqrt(width): the rate falls with it. Without skips
     the relative changes of all blocks add up in their product: the rate falls with the depth as well.
     """
-    skipless = ("vanilla own" if config.own else "vanilla") if config.init == "looks_linear" else "paper"
-    kind = "preln" if config.norm != "none" else "weighted" if config.alpha > 0 else skipless
-    rate, ends, qk, vo = RATES[kind][config.optimizer]
-    rate *= (64 / config.width) ** 0.5 * (min(1, 36 / config.depth) if kind == skipless else 1)
+    kind = family(config)
+    rate, ends, qk, vo = RATES["vanilla own" if kind == "vanilla" and config.own else kind][config.optimizer]
+    rate *= (64 / config.width) ** 0.5 * (min(1, 36 / config.depth) if kind in ("vanilla", "paper") else 1)
     return dict(learning_rate=rate, ends=ends, qk=qk, vo=vo)

@@ -44,7 +44,7 @@ def block(x, cache, weights, constants, layer, start, config):
     cache = {name: jax.lax.dynamic_update_slice(cache[name], new[None], (layer, start, 0, 0))
              for name, new in (("k", k), ("v", v))}
     attended = model.softmax_attention(q, cache["k"][layer], cache["v"][layer], **model.of_softmax(constants), start=start)
-    x = model.skip(x, model.kept(y, weights, constants, model.merge(v, attended, weights, config)), config)
+    x = model.skip(x, model.merge(y, v, attended, weights, constants, config), config)
     return model.second_half(x, weights, config), cache
 
 

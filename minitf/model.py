@@ -102,7 +102,7 @@ def attention(x, weights, constants, config, length=None):
     qkv = project(x, weights, config)                                                       # (N, 3, H, k)
     sequences = qkv.reshape(-1, length or len(x), *qkv.shape[1:])                           # (B, T, 3, H, k)
     attended = attend(sequences, of_softmax(constants), config).reshape(len(x), *qkv.shape[2:])    # (N, H, k)
-    return kept(x, weights, constants, merge(qkv[:, 2], attended, weights, config))
+    return merge(x, qkv[:, 2], attended, weights, constants, config)
 
 
 def project(x, weights, config):
@@ -111,11 +111,12 @@ def project(x, weights, config):
     return (x @ together).reshape(len(x), 3, config.heads, -1)
 
 
-def merge(v, attended, weights, config):
-    """What the heads attended to, (N, H, k), and their own values v -> (N, d)."""
+def merge(x, v, attended, weights, constants, config):
+    """What the heads attended to, (N, H, k), with what a token keeps of itself, by its values v or x (N, d) -> (N, d)."""
     if config.attn == "vskip":
         attended = weights["vskip_alpha"][:, None] * v + weights["vskip_beta"][:, None] * attended
-    return attended.reshape(len(v), -1) @ weights["output"]
+    out = attended.reshape(len(v), -1) @ weights["output"]
+    return out + kept(x, weights, constants) if "own" in weights else out
 
 
 def of_softmax(constants):
@@ -123,16 +124,14 @@ def of_softmax(constants):
     return {name: table for name, table in constants.items() if name != "own"}
 
 
-def kept(x, weights, constants, out):
-    """What a token keeps of itself, c x W, added to what attention gave it, (N, d): where that has a matrix of its own (--own).
+def kept(x, weights, constants):
+    """What a token keeps of itself, c x W, (N, d), where that has a matrix of its own (--own).
 
     W^V W^O carries the signal of a network without skips, so it may change but slowly. With A = c I + P it need not: W starts
     as W^V W^O, which changes nothing, and what others say, P x W^V W^O, can be learned at the pace of other transformers.
     """
-    if "own" not in weights:
-        return out
     c = jnp.tile(constants["own"][0], len(x) // constants["own"].shape[-1])[:, None]        # (N, 1)
-    return out + (c * (x @ weights["own"])).astype(x.dtype)
+    return (c * (x @ weights["own"])).astype(x.dtype)
 
 
 def attend(qkv, constants, config):

@@ -18,6 +18,7 @@ from scipy import signal
 
 from .errors import require
 
+EXACT_LENGTH = 1024                       # positions over which a network's recursion, O(T^2) or more a layer, is run: see `propagate`
 
 # --- Kernels, and their schedules over depth -----------------------------------------------------------------------
 

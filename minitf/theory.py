@@ -9,9 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import activations, spa
-from .errors import require
-
-EXACT_LENGTH = 1024                       # positions over which the recursion, O(T^2) or more a layer, is run
 
 
 def activation(config):
@@ -86,18 +83,15 @@ def predict(config, kernel):
 def constants(config):
     """What `forward` scans beside the blocks, in float32: {"rescale": (L, H, T)} and for espa {"decay": (L, H, 3)}, for uspa
     {"bias": (L, H, T, T)}, with 1 for H where heads are alike; {} for softmax, vskip. With --own also {"own": (L, 1, T)}: c, of
-    which each head's A has so much less. ValueError for heads that look far where the context is so long that the recursion is
-    not run over all of it.
+    which each head's A has so much less.
     """
     if config.attn not in ("uspa", "espa"):
         return {}
-    length, exact = config.length, min(config.length, EXACT_LENGTH)
+    length, exact = config.length, min(config.length, spa.EXACT_LENGTH)
     if config.attn == "espa":
-        require(config.far == 0 or length == exact,
-                f"far must be 0 beyond {EXACT_LENGTH} tokens, where D is not known, not {config.far}")
         rows = of_heads(config, lambda *pair: spa.exponential_attend(*pair, np.ones((length, 1)))[:, 0])
         made = {"decay": of_heads(config, spa.exponential_decay)}
-        # What a position sees is level, to exp(-16) = 1e-7; where EXACT_LENGTH comes first, to a percent of D or so over the depth.
+        # What a position sees is level, to exp(-16) = 1e-7; where spa.EXACT_LENGTH comes first, to a percent of D or so over the depth.
         if config.position != "sinusoidal":
             exact = ceil(min(exact, 16 / float(min(pairs[-1][1] for _, pairs in kinds(config)))))
     else:

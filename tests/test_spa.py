@@ -242,7 +242,7 @@ def test_of_heads_that_differ_the_kernels_mean_goes_on(schedule, other, r, near)
 @given(gammas, gammas, st.integers(1, 5), st.integers(0, 5), lengths)
 def test_each_head_has_its_own_memory(gamma, gamma_far, heads, far, length):
     """The first heads near, the last `far` of them far: their bias and, over the common n, their row sums."""
-    config = Config(depth=2, width=2 * heads, heads=heads, far=min(far, heads), gamma=gamma, gamma_far=gamma_far, length=length)
+    config = Config(depth=2, width=2 * heads, heads=heads, far=min(far, heads), gamma=gamma, gamma_far=gamma_far, length=length, own=False)
     constants, n = theory.constants(config), np.array([n for n, _ in theory.predict(config, theory.initial_kernel(config, length))])
     for head in range(heads):
         alone = replace(config, far=0, gamma=gamma if head < heads - config.far else gamma_far)
@@ -267,7 +267,8 @@ def test_what_a_token_keeps_of_itself_leaves_nothing_but_decay(pair):
 @given(gammas, gammas, st.integers(1, 4), st.integers(0, 4), repeat_rates, lengths)
 def test_a_matrix_of_its_own_takes_the_least_that_any_head_keeps(gamma, gamma_far, heads, far, r, length):
     """D softmax(B) of each head without it = c I + D' softmax(B') with it; c is as large as that allows: one head keeps nothing."""
-    config = Config(depth=3, width=2 * heads, heads=heads, far=min(far, heads), gamma=gamma, gamma_far=gamma_far, length=length, repeat_rate=r)
+    config = Config(depth=3, width=2 * heads, heads=heads, far=min(far, heads), gamma=gamma, gamma_far=gamma_far, length=length, repeat_rate=r,
+                    own=False)
     plain, apart = theory.constants(config), theory.constants(replace(config, own=True))
 
     def matrices(constants):                                                   # (L, H, T, T)
@@ -284,7 +285,7 @@ def test_a_matrix_of_its_own_takes_the_least_that_any_head_keeps(gamma, gamma_fa
 @given(st.sampled_from(["espa", "uspa"]), gammas, rhos, repeat_rates, lengths)
 def test_the_constants_hold_repeats_down(attn, gamma, rho, r, length):
     """In the first layer n^2 = 1 - r + r rowsum^2 for any A that takes I to a unit diagonal: D = rowsum / n."""
-    config = Config(depth=2, attn=attn, gamma=gamma, rho=rho, repeat_rate=r, length=length, position="none")
+    config = Config(depth=2, attn=attn, gamma=gamma, rho=rho, repeat_rate=r, length=length, position="none", own=False)
     (_, log_a), = theory.log_attentions(config, length)[0]
     rowsum, rescale = np.exp(log_a).sum(-1), np.asarray(theory.constants(config)["rescale"][0])
     assert np.allclose(rescale, rowsum / np.sqrt(1 - r + r * rowsum**2), rtol=4 * EPS32)
