@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import minitf
-from minitf import checkpoint, data
+from minitf import Config, checkpoint, data, model, train
 
 ROOT = Path(__file__).parents[1]
 TINY = ("--depth 2 --width 8 --heads 2 --length 8 --batch 2 --steps 400 --save-every 20 --attn softmax --act tanh --init orthogonal --transform tat "
@@ -230,6 +230,19 @@ def test_resuming_refuses_by_name_and_continues_with_more_steps(launch, copy):
     assert status == 0 and errors.count("\n") == 1 and "falling back" in errors, errors
     assert [line["step"] for line in lines(copy) if "loss" in line] == list(range(404))
     assert checkpoint.newest(copy)[0].config.learning_rate == 1e-4
+
+
+def test_a_checkpoint_from_before_some_flags_means_what_it_meant(copy, tmp_path):
+    config = Config(depth=1, width=8, length=256, own=False, far=0, vo=1.0)
+    encoding = checkpoint.newest(copy)[0].encoding
+    params = model.init(jax.random.key(0), config, data.vocabulary(encoding))
+    checkpoint.save(tmp_path, checkpoint.Checkpoint(0, config, encoding, "", params, train.make_optimizer(config).init(params)))
+    arrays = checkpoint.read(checkpoint.checkpoints(tmp_path)[0])
+    meta = json.loads(arrays["meta"].tobytes())
+    for flag in ("own", "far", "vo"):
+        del meta["config"][flag]
+    restored = checkpoint.restore(arrays | {"meta": np.frombuffer(json.dumps(meta).encode(), np.uint8)})
+    assert restored.config == config
 
 
 def test_a_full_disk_leaves_what_was_saved(copy, tmp_path):

@@ -173,6 +173,18 @@ def test_a_matrix_of_its_own_changes_nothing_at_first(flags):
     assert "own" in params["blocks"] and np.max(np.abs(found[0])) > 1
 
 
+@pytest.mark.parametrize("flags, own, far", [
+    (dict(), True, 0), (dict(length=256), True, 1), (dict(length=1024, heads=8), True, 2), (dict(length=1025), True, 0),
+    (dict(length=256, own=False), False, 0), (dict(length=256, far=0), True, 0), (dict(length=256, rescale="plain"), True, 0),
+    (dict(attn="uspa", length=256), False, 0), (dict(block="paper", length=256), False, 0), (dict(block="weighted", length=256), False, 0),
+    (dict(alpha=0.9, length=256), False, 0), (dict(norm="rms", length=256), False, 0), (dict(block="preln", attn="espa", length=256), False, 0)], ids=str)
+def test_what_parts_the_own_token_from_others_by_default(flags, own, far):
+    """Where nothing but espa's matrices carries a signal, --own; with it far heads, where the context is long and D is known."""
+    config = Config(**flags)
+    assert (config.own, config.far) == (own, far) and config.gamma_far == config.gamma / 5
+    assert ("own" in jax.eval_shape(lambda: model.init(jax.random.key(0), config, V))["blocks"]) == own
+
+
 # --- Whatever the parameters -----------------------------------------------------------------------------------------------
 
 @given(st.sampled_from(["softmax", *SILENT]), seeds, st.integers(1, T - 1))
