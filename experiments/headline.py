@@ -122,7 +122,11 @@ STAGES = {
         "vanilla own Muon": dict(steps=(4,), seeds=(0,), changes=[lane(2.5e-4, 176.0, 64.0, orthogonality=0.2, gamma=0.1, vo=8.0) | change for change in (
             {}, dict(gamma=0.2), dict(orthogonality=0.5), dict(far=1, gamma_far=0.01), dict(qk=32.0, vo=16.0),
             dict(learning_rate=1.25e-4), dict(learning_rate=1.25e-4, ends=352.0, vo=16.0), dict(learning_rate=1.25e-4, ends=352.0, qk=128.0, vo=16.0),
-            *around(dict(learning_rate=1.25e-4, ends=352.0, vo=16.0, far=1, gamma_far=0.01), dict(gamma_far=0.02), dict(far=2), dict(gamma=0.2)))])},
+            *around(dict(learning_rate=1.25e-4, ends=352.0, vo=16.0, far=1, gamma_far=0.01), dict(gamma_far=0.02), dict(far=2), dict(gamma=0.2)),
+            dict(learning_rate=2e-4, ends=200.0, qk=40.0, vo=16.0, far=1, gamma_far=0.02))]),
+        "Pre-LN Muon": dict(steps=(4,), seeds=(0,), changes=(
+            dict(learning_rate=4e-3), dict(learning_rate=4e-3, ends=32.0), dict(learning_rate=2e-3, ends=64.0), dict(learning_rate=1.2e-2),
+            dict(vo=1.0), dict(vo=4.0), dict(learning_rate=4e-3, vo=4.0), dict(orthogonality=0.02)))},
     "longer pace": {"vanilla own Muon": dict(steps=(5.2,), seeds=(0,), changes=[lane(1.25e-4, 352.0, 64.0, orthogonality=0.2, gamma=0.1, vo=16.0) | change for change in (
         {}, dict(far=1, gamma_far=0.01), dict(gamma=0.05), dict(qk=32.0, vo=32.0), dict(learning_rate=6.25e-5, ends=704.0, vo=32.0))])},
     "pace": {"vanilla espa Muon": dict(steps=(1.3,), seeds=(0, 1, 2))},
