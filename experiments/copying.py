@@ -5,7 +5,7 @@
 
 Every sequence of 65 tokens is 16 to 32 random ones out of 16, over and over. The first time round costs log 16 = 2.77 nats a token at
 best. What follows is known to whoever finds the same few tokens further back, but for the first token of it: 0.07 nats in the mean.
-Six blocks of width 64, 32 sequences a step, the rates run.py takes by default.
+Six blocks of width 64, 32 sequences a step, the rates run.py takes by default; without --own where a name does not say so.
 """
 import argparse
 import json

@@ -37,7 +37,7 @@ def run(curves):
         if shape in [each["shape"] for each in read()]:
             continue
         flags = [part for name, value in shape.items() for part in (["--" + name] if value is True else ["--" + name, str(value)])]
-        command = [sys.executable, HERE / "bench.py", *flags, "--no-own", "--far", "0", "--optimizer", "adamw", "--timed", "8"]
+        command = [sys.executable, HERE / "bench.py", *flags, "--no-own", "--optimizer", "adamw", "--timed", "8"]
         environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"} | os.environ            # of the card's; jax takes 0.75
         result = subprocess.run(command, capture_output=True, text=True, env=environment)
         if result.returncode:

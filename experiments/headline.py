@@ -279,13 +279,13 @@ def loss(run):
     return f"{run['held_out']:.3f} ({run['bits_per_byte']:.3f})"
 
 
-DRAWN = {"vanilla espa Muon": "k-", "vanilla espa AdamW": "k--", "vanilla softmax Muon": "k:", "vanilla own Muon": "C0-", "vanilla own AdamW": "C0--", "paper espa Muon": "C3-",
-         "paper espa AdamW": "C3--", "Pre-LN Muon": "C7-", "Pre-LN AdamW": "C7--"}
+DRAWN = {"vanilla espa Muon": "k-", "vanilla espa AdamW": "k--", "vanilla softmax Muon": "k:", "vanilla own Muon": "C0-",
+         "vanilla own AdamW": "C0--", "paper espa Muon": "C3-", "paper espa AdamW": "C3--", "Pre-LN Muon": "C7-", "Pre-LN AdamW": "C7--"}
 
 
 def draw(best, longer):
-    """Two panels: the best trial of each, and the best of those four times as long or more. Training losses where they were kept, and in any
-    case where a run ended, on held-out text."""
+    """Two panels: the best trial of each, and the best of those four times as long or more. Training losses where they were
+    kept, and in any case where a run ended, on held-out text."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot

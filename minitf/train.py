@@ -87,7 +87,7 @@ def steer(updates, params, rate, ends, qk, vo, orthogonality):
 
     What limits the rate of blocks is that the changes of all of them add up. The ends (embeddings, positions, final gain, head)
     stand once in the network, and queries and keys not in the product of matrices that a signal passes: they may learn
-    faster. Values and outputs do stand there, and do better at a lower rate than the MLPs.
+    faster. So may values and outputs with --own; without it they do stand there, and do better at a lower rate than the MLPs.
     """
     chain = CHAIN_OWN if "own" in params["blocks"] else CHAIN
     multiples = dict(query=qk, key=qk, value=vo, output=vo, embed=ends, position=ends, norm=ends, head=ends)
