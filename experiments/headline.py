@@ -107,8 +107,8 @@ TRIALS = {
 
 CHAINS = dict(learning_rate=5e-4, ends=88.0, qk=16.0, vo=0.25)   # the rates of the chain with Muon
 
-# Stages but the first take a contender's best trial, with other seeds, widths and lengths (times the steps of a shorter run), and
-# with changes to it.
+# Stages but the first take a contender's best trial, or those called default what run.py does, with other seeds, widths and
+# lengths (times the steps of a shorter run), and with changes to it.
 STAGES = {
     "tune": {},
     "seeds": {name: dict(seeds=(1, 2)) for name in CONTENDERS},
@@ -122,8 +122,7 @@ STAGES = {
         "vanilla own Muon": dict(steps=(4,), seeds=(0,), changes=[lane(2.5e-4, 176.0, 64.0, orthogonality=0.2, gamma=0.1, vo=8.0) | change for change in (
             {}, dict(gamma=0.2), dict(orthogonality=0.5), dict(far=1, gamma_far=0.01), dict(qk=32.0, vo=16.0),
             dict(learning_rate=1.25e-4), dict(learning_rate=1.25e-4, ends=352.0, vo=16.0), dict(learning_rate=1.25e-4, ends=352.0, qk=128.0, vo=16.0),
-            *around(dict(learning_rate=1.25e-4, ends=352.0, vo=16.0, far=1, gamma_far=0.01), dict(gamma_far=0.02), dict(far=2), dict(gamma=0.2)),
-            dict(learning_rate=2e-4, ends=200.0, qk=40.0, vo=16.0, far=1, gamma_far=0.02))]),
+            *around(dict(learning_rate=1.25e-4, ends=352.0, vo=16.0, far=1, gamma_far=0.01), dict(gamma_far=0.02), dict(far=2), dict(gamma=0.2)))]),
         "Pre-LN Muon": dict(steps=(4,), seeds=(0,), changes=(
             dict(learning_rate=4e-3), dict(learning_rate=4e-3, ends=32.0), dict(learning_rate=2e-3, ends=64.0), dict(learning_rate=1.2e-2),
             dict(vo=1.0), dict(vo=4.0), dict(learning_rate=4e-3, vo=4.0), dict(orthogonality=0.02)))},
@@ -143,6 +142,9 @@ STAGES = {
                 dict(far=1), dict(far=1, gamma_far=0.01), dict(far=2), dict(far=2, gamma=0.4), dict(gamma=0.05), dict(gamma=0.025), dict(gamma=0.0125)]),
             "Pre-LN espa Muon": dict(steps=(2,), seeds=(0,), changes=[dict(far=1, gamma=gamma) for gamma in (0.1, 0.4)])},
     "precision": {"vanilla espa Muon": dict(steps=(4,), seeds=(0,), flags=dict(dtype="float32"))},
+    # As run.py trains them when no rate is given.
+    "default": {"vanilla own Muon": dict(steps=(1, 4, 5.2, 2), seeds=(0, 1, 2)), "vanilla own AdamW": dict(steps=(1, 4), seeds=(0, 1, 2))},
+    "wide default": {name: dict(seeds=(0, 1, 2), flags=dict(width=512, heads=8)) for name in CONTENDERS},
 }
 
 
@@ -152,8 +154,12 @@ def stage_runs(stage, name):
     if stage == "tune":
         return [(shape, TRIALS.get(name, []))]
     how = STAGES[stage].get(name, dict(seeds=()))
-    shape, best = shape | how.get("flags", {}), tuned(name)
-    best = best | dict(learning_rate=best["learning_rate"] * (SHAPE["width"] / shape["width"])**0.5)
+    shape = shape | how.get("flags", {})
+    if stage.endswith("default"):
+        best = default_lane(shape)
+    else:
+        best = tuned(name)
+        best = best | dict(learning_rate=best["learning_rate"] * (SHAPE["width"] / shape["width"])**0.5)
     lanes = [best | change | dict(seed=seed) for change in how.get("changes", ({},)) for seed in how["seeds"]]
     return [(shape | dict(steps=round(shape["steps"] * multiple)), lanes) for multiple in how.get("steps", (1,))]
 
@@ -162,6 +168,12 @@ def tuned(name):
     """The trial with the least held-out loss."""
     runs = [run for run in read_runs() if run["stage"] == "tune" and run["name"] == SAME.get(name, name) and math.isfinite(run["held_out"])]
     return lane_of(min(runs, key=lambda run: run["held_out"]))
+
+
+def default_lane(shape):
+    from minitf import Config
+    config = Config(**shape)
+    return {name: value if name in OF_ATTENTION and config.attn != "espa" else getattr(config, name) for name, value in LANE.items()}
 
 
 def read_runs():
