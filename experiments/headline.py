@@ -122,17 +122,27 @@ STAGES = {
         "vanilla own Muon": dict(steps=(4,), seeds=(0,), changes=[lane(2.5e-4, 176.0, 64.0, orthogonality=0.2, gamma=0.1, vo=8.0) | change for change in (
             {}, dict(gamma=0.2), dict(orthogonality=0.5), dict(far=1, gamma_far=0.01), dict(qk=32.0, vo=16.0),
             dict(learning_rate=1.25e-4), dict(learning_rate=1.25e-4, ends=352.0, vo=16.0), dict(learning_rate=1.25e-4, ends=352.0, qk=128.0, vo=16.0),
-            *around(dict(learning_rate=1.25e-4, ends=352.0, vo=16.0, far=1, gamma_far=0.01), dict(gamma_far=0.02), dict(far=2), dict(gamma=0.2)))]),
+            *around(dict(learning_rate=1.25e-4, ends=352.0, vo=16.0, far=1, gamma_far=0.01), dict(gamma_far=0.02), dict(far=2), dict(gamma=0.2)))] + around(
+            lane(2e-4, 200.0, 40.0, vo=16.0, orthogonality=0.2, gamma=0.1, far=1, gamma_far=0.02), dict(far=2), dict(gamma_far=0.04), dict(gamma_far=0.01),
+            dict(gamma=0.2, gamma_far=0.04), dict(orthogonality=0.5), dict(learning_rate=3e-4, ends=133.0, qk=27.0, vo=10.7),
+            dict(learning_rate=1.4e-4), dict(ends=100.0), dict(qk=80.0), dict(vo=8.0))[1:]),
+        "vanilla own AdamW": dict(steps=(4,), seeds=(0,), changes=around(
+            lane(1e-4, 512.0, 24.0, vo=16.0, orthogonality=0.2, gamma=0.1, far=1, gamma_far=0.02), dict(learning_rate=7e-5), dict(learning_rate=1.4e-4),
+            dict(learning_rate=7e-5, ends=730.0, qk=34.0, vo=23.0), dict(vo=32.0), dict(ends=256.0), dict(qk=48.0))[1:]),
         "Pre-LN Muon": dict(steps=(4,), seeds=(0,), changes=(
             dict(learning_rate=4e-3), dict(learning_rate=4e-3, ends=32.0), dict(learning_rate=2e-3, ends=64.0), dict(learning_rate=1.2e-2),
-            dict(vo=1.0), dict(vo=4.0), dict(learning_rate=4e-3, vo=4.0), dict(orthogonality=0.02)))},
+            dict(vo=1.0), dict(vo=4.0), dict(learning_rate=4e-3, vo=4.0), dict(orthogonality=0.02),
+            dict(learning_rate=5.6e-3), dict(learning_rate=2.8e-3), dict(learning_rate=4e-3, ends=8.0), dict(learning_rate=4e-3, vo=1.0))),
+        "Pre-LN AdamW": dict(steps=(4,), seeds=(0,), changes=(
+            dict(learning_rate=7e-4), dict(learning_rate=1.4e-3), dict(ends=32.0), dict(learning_rate=7e-4, ends=91.0)))},
     "longer pace": {"vanilla own Muon": dict(steps=(5.2,), seeds=(0,), changes=[lane(1.25e-4, 352.0, 64.0, orthogonality=0.2, gamma=0.1, vo=16.0) | change for change in (
         {}, dict(far=1, gamma_far=0.01), dict(gamma=0.05), dict(qk=32.0, vo=32.0), dict(learning_rate=6.25e-5, ends=704.0, vo=32.0))])},
     "pace": {"vanilla espa Muon": dict(steps=(1.3,), seeds=(0, 1, 2))},
     "wide": {name: dict(seeds=(0, 1, 2), flags=dict(width=512, heads=8)) for name in CONTENDERS},
     "wide pace": {"vanilla espa Muon": dict(steps=(1.3,), seeds=(0, 1, 2), flags=dict(width=512, heads=8))},
     # Why long training favours Pre-LN: its rates, its attention without decay, or the arithmetic?
-    "why": {"Pre-LN Muon": dict(steps=(2,), seeds=(0,), changes=({}, CHAINS, CHAINS | dict(learning_rate=2e-3, qk=4.0))),
+    "why": {"Pre-LN Muon": dict(steps=(2,), seeds=(0,), changes=(
+                {}, CHAINS, CHAINS | dict(learning_rate=2e-3, qk=4.0), dict(learning_rate=4e-3), dict(learning_rate=5.6e-3))),
             "Pre-LN espa Muon": dict(steps=(2,), seeds=(0,), changes=(dict(gamma=0.1), dict(gamma=0.025))),
             "vanilla espa Muon": dict(steps=(2,), seeds=(0,)), "vanilla own Muon": dict(steps=(2,), seeds=(0,))},
     # Do heads that look far back mend it?
@@ -145,6 +155,7 @@ STAGES = {
     # As run.py trains them when no rate is given.
     "default": {"vanilla own Muon": dict(steps=(1, 4, 5.2, 2), seeds=(0, 1, 2)), "vanilla own AdamW": dict(steps=(1, 4), seeds=(0, 1, 2))},
     "wide default": {name: dict(seeds=(0, 1, 2), flags=dict(width=512, heads=8)) for name in CONTENDERS},
+    "wide longer default": {name: dict(steps=(4,), seeds=(0,), flags=dict(width=512, heads=8)) for name in CONTENDERS},
 }
 
 
