@@ -42,8 +42,8 @@ CONTENDERS = {                                            # name: flags; "paper"
 SAME = {"Pre-LN espa Muon": "Pre-LN Muon"}                # not tuned: takes the other's best trial
 
 # What a lane may have of its own: flags of run.py, here with the values of those trials that do not say.
-LANE = dict(learning_rate=None, ends=1.0, qk=1.0, vo=1.0, orthogonality=0.0, gamma=0.2, far=0, gamma_far=0.00125, seed=0)
-OF_ATTENTION = "gamma", "far", "gamma_far"
+LANE = dict(learning_rate=None, ends=1.0, qk=1.0, vo=1.0, orthogonality=0.0, gamma=0.2, far=0, gamma_far=0.00125, balance=0.0, seed=0)
+OF_ATTENTION = "gamma", "far", "gamma_far", "balance"
 
 
 def lane(learning_rate, ends=1.0, qk=1.0, **others):
@@ -107,6 +107,16 @@ TRIALS = {
 
 CHAINS = dict(learning_rate=5e-4, ends=88.0, qk=16.0, vo=0.25)   # the rates of the chain with Muon
 
+WIDE = dict(width=512, heads=8)
+BEFORE = {"muon": lane(2e-4, 200.0, 40.0, vo=16.0, orthogonality=0.2, gamma=0.1, far=1, gamma_far=0.02),
+          "adamw": lane(1e-4, 512.0, 24.0, vo=16.0, orthogonality=0.2, gamma=0.1, far=1, gamma_far=0.02)}
+
+
+def wide(lane):
+    """At another width, the rate changes as config.default_rates says."""
+    return lane | dict(learning_rate=lane["learning_rate"] * (SHAPE["width"] / WIDE["width"])**0.5)
+
+
 # Stages but the first take a contender's best trial, or those called default what run.py does, with other seeds, widths and
 # lengths (times the steps of a shorter run), and with changes to it.
 STAGES = {
@@ -123,11 +133,11 @@ STAGES = {
             {}, dict(gamma=0.2), dict(orthogonality=0.5), dict(far=1, gamma_far=0.01), dict(qk=32.0, vo=16.0),
             dict(learning_rate=1.25e-4), dict(learning_rate=1.25e-4, ends=352.0, vo=16.0), dict(learning_rate=1.25e-4, ends=352.0, qk=128.0, vo=16.0),
             *around(dict(learning_rate=1.25e-4, ends=352.0, vo=16.0, far=1, gamma_far=0.01), dict(gamma_far=0.02), dict(far=2), dict(gamma=0.2)))] + around(
-            lane(2e-4, 200.0, 40.0, vo=16.0, orthogonality=0.2, gamma=0.1, far=1, gamma_far=0.02), dict(far=2), dict(gamma_far=0.04), dict(gamma_far=0.01),
+            BEFORE["muon"], dict(far=2), dict(gamma_far=0.04), dict(gamma_far=0.01),
             dict(gamma=0.2, gamma_far=0.04), dict(orthogonality=0.5), dict(learning_rate=3e-4, ends=133.0, qk=27.0, vo=10.7),
             dict(learning_rate=1.4e-4), dict(ends=100.0), dict(qk=80.0), dict(vo=8.0))[1:]),
         "vanilla own AdamW": dict(steps=(4,), seeds=(0,), changes=around(
-            lane(1e-4, 512.0, 24.0, vo=16.0, orthogonality=0.2, gamma=0.1, far=1, gamma_far=0.02), dict(learning_rate=7e-5), dict(learning_rate=1.4e-4),
+            BEFORE["adamw"], dict(learning_rate=7e-5), dict(learning_rate=1.4e-4),
             dict(learning_rate=7e-5, ends=730.0, qk=34.0, vo=23.0), dict(vo=32.0), dict(ends=256.0), dict(qk=48.0))[1:]),
         "Pre-LN Muon": dict(steps=(4,), seeds=(0,), changes=(
             dict(learning_rate=4e-3), dict(learning_rate=4e-3, ends=32.0), dict(learning_rate=2e-3, ends=64.0), dict(learning_rate=1.2e-2),
@@ -138,8 +148,8 @@ STAGES = {
     "longer pace": {"vanilla own Muon": dict(steps=(5.2,), seeds=(0,), changes=[lane(1.25e-4, 352.0, 64.0, orthogonality=0.2, gamma=0.1, vo=16.0) | change for change in (
         {}, dict(far=1, gamma_far=0.01), dict(gamma=0.05), dict(qk=32.0, vo=32.0), dict(learning_rate=6.25e-5, ends=704.0, vo=32.0))])},
     "pace": {"vanilla espa Muon": dict(steps=(1.3,), seeds=(0, 1, 2))},
-    "wide": {name: dict(seeds=(0, 1, 2), flags=dict(width=512, heads=8)) for name in CONTENDERS},
-    "wide pace": {"vanilla espa Muon": dict(steps=(1.3,), seeds=(0, 1, 2), flags=dict(width=512, heads=8))},
+    "wide": {name: dict(seeds=(0, 1, 2), flags=WIDE) for name in CONTENDERS},
+    "wide pace": {"vanilla espa Muon": dict(steps=(1.3,), seeds=(0, 1, 2), flags=WIDE)},
     # Why long training favours Pre-LN: its rates, its attention without decay, or the arithmetic?
     "why": {"Pre-LN Muon": dict(steps=(2,), seeds=(0,), changes=(
                 {}, CHAINS, CHAINS | dict(learning_rate=2e-3, qk=4.0), dict(learning_rate=4e-3), dict(learning_rate=5.6e-3))),
@@ -152,15 +162,24 @@ STAGES = {
                 dict(far=1), dict(far=1, gamma_far=0.01), dict(far=2), dict(far=2, gamma=0.4), dict(gamma=0.05), dict(gamma=0.025), dict(gamma=0.0125)]),
             "Pre-LN espa Muon": dict(steps=(2,), seeds=(0,), changes=[dict(far=1, gamma=gamma) for gamma in (0.1, 0.4)])},
     "precision": {"vanilla espa Muon": dict(steps=(4,), seeds=(0,), flags=dict(dtype="float32"))},
+    # As run.py trained them by default before heads' rates were balanced over the blocks.
+    "before balance": {"vanilla own Muon": dict(steps=(1, 4, 5.2, 2), seeds=(0, 1, 2), changes=(BEFORE["muon"],)),
+                       "vanilla own AdamW": dict(steps=(1, 4), seeds=(0, 1, 2), changes=(BEFORE["adamw"],))},
+    "wide, before balance": {name: dict(seeds=(0, 1, 2), flags=WIDE, changes=(wide(BEFORE[kind]) | dict(far=2),))
+                             for name, kind in (("vanilla own Muon", "muon"), ("vanilla own AdamW", "adamw"))},
+    "wide longer": {"vanilla own Muon": dict(steps=(4,), seeds=(0,), flags=WIDE, changes=(wide(BEFORE["muon"]) | dict(far=2),)),
+                    "Pre-LN Muon": dict(steps=(4,), seeds=(0,), flags=WIDE, changes=(wide(lane(4e-3, 16.0, vo=2.0)),))},
     # As run.py trains them when no rate is given.
-    "default": {"vanilla own Muon": dict(steps=(1, 4, 5.2, 2), seeds=(0, 1, 2)), "vanilla own AdamW": dict(steps=(1, 4), seeds=(0, 1, 2))},
-    "wide default": {name: dict(seeds=(0, 1, 2), flags=dict(width=512, heads=8)) for name in CONTENDERS},
-    "wide longer default": {name: dict(steps=(4,), seeds=(0,), flags=dict(width=512, heads=8)) for name in CONTENDERS},
+    "default": {name: dict(seeds=(0, 1, 2)) for name in CONTENDERS},
+    "longer default": {name: dict(steps=(4,), seeds=(0, 1, 2)) for name in CONTENDERS},
+    "longer pace default": {name: dict(steps=(5.2,), seeds=(0, 1, 2)) for name in CONTENDERS},
+    "wide default": {name: dict(seeds=(0, 1, 2), flags=WIDE) for name in CONTENDERS},
+    "wide longer default": {name: dict(steps=(4,), seeds=(0,), flags=WIDE) for name in CONTENDERS},
 }
 
 
 def stage_runs(stage, name):
-    """[(flags, lanes)] of a contender in a stage. At another width, the rate changes as config.default_rates says."""
+    """[(flags, lanes)] of a contender in a stage."""
     shape = SHAPE | CONTENDERS[name]
     if stage == "tune":
         return [(shape, TRIALS.get(name, []))]
@@ -169,8 +188,7 @@ def stage_runs(stage, name):
     if stage.endswith("default"):
         best = default_lane(shape)
     else:
-        best = tuned(name)
-        best = best | dict(learning_rate=best["learning_rate"] * (SHAPE["width"] / shape["width"])**0.5)
+        best = wide(tuned(name)) if shape["width"] == WIDE["width"] else tuned(name)
     lanes = [best | change | dict(seed=seed) for change in how.get("changes", ({},)) for seed in how["seeds"]]
     return [(shape | dict(steps=round(shape["steps"] * multiple)), lanes) for multiple in how.get("steps", (1,))]
 
@@ -232,10 +250,13 @@ def train_lanes(config, lanes, corpus, vocabulary, every=10, windows=512):
     import jax.numpy as jnp
     import optax
     from minitf import data, model, theory, train
-    optimizer = train.make_optimizer(replace(config, learning_rate=1.0, ends=1.0, qk=1.0, vo=1.0, orthogonality=0.0))
+    optimizer = train.make_optimizer(replace(config, learning_rate=1.0, ends=1.0, qk=1.0, vo=1.0, orthogonality=0.0, balance=0.0))
+    configs = [replace(config, **{name: lane[name] for name in OF_ATTENTION}) for lane in lanes]
     own = [name for name in LANE if name not in (*OF_ATTENTION, "seed") and (name != "orthogonality" or any(lane[name] for lane in lanes))]
     steering = {name.replace("learning_rate", "rate"): jnp.array([lane[name] for lane in lanes], jnp.float32) for name in own}
-    constants = [theory.constants(replace(config, **{name: lane[name] for name in OF_ATTENTION})) for lane in lanes]
+    heads = jnp.stack([theory.balance(each) for each in configs])                           # (lanes, L, 1, 1)
+    steering |= {name: steering[name][:, None, None, None] * heads for name in ("qk", "vo")}
+    constants = [theory.constants(each) for each in configs]
     if any(lane["far"] for lane in lanes):                # heads that are alike have one row: here as many as the others
         each_head = lambda table: jnp.broadcast_to(table, (len(table), config.heads, *table.shape[2:]))
         constants = jax.tree.map(each_head, constants)

@@ -173,7 +173,7 @@ def restore(arrays):
     meta = json.loads(arrays["meta"].tobytes())
     require(meta["format"] == FORMAT, f"its format is {meta['format']!r}, known is {FORMAT}")
     require(type(meta["step"]) is int and meta["step"] >= 0, f"its step is {meta['step']!r}")
-    config = Config(**{"vo": 1.0, "own": False, "far": 0, **meta["config"]})   # as all was before there were these
+    config = Config(**{"vo": 1.0, "own": False, "far": 0, "balance": 0.0, **meta["config"]})   # as all was before there were these
     encoding = data.unpack_encoding(arrays, meta)
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), config, data.vocabulary(encoding)))
     template = {"params": params, "opt_state": jax.eval_shape(train.make_optimizer(config).init, params)}

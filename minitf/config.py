@@ -67,6 +67,7 @@ class Config:
     ends: float | None = flag(None, "multiplies it for embeddings, positions, final gain and head; default: likewise", above=0)
     qk: float | None = flag(None, "multiplies it for queries and keys; default: likewise", above=0)
     vo: float | None = flag(None, "multiplies it for values and outputs; default: likewise", above=0)
+    balance: float = flag(0.5, "own: qk and vo are divided by this power of 1 - c^2, what tokens take over from others in a block", low=0, high=1)
     warmup: int | None = flag(None, "steps of linear warm-up; default: a twentieth of the steps", low=0)
     weight_decay: float = flag(0.0, "decoupled weight decay of matrices", low=0)
     orthogonality: float | None = flag(None, "share by which a step brings the matrices but queries' and keys' back to orthogonal "

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
-from . import model
+from . import model, theory
 from .errors import require
 
 CHAIN = ("value", "output", "up", "down")                   # the matrices whose product a signal passes without skips
@@ -77,13 +77,14 @@ def make_optimizer(config):
         dimensions = lambda params: jax.tree.map(lambda matrix: stacked if matrix else None, is_matrix(params))
         optimizer = muon(schedule, weight_decay=config.weight_decay, adam_b2=0.95, consistent_rms=0.2,
                          muon_weight_dimension_numbers=dimensions)
-    last = lambda updates, params: steer(updates, params, 1.0, config.ends, config.qk, config.vo, config.orthogonality or None)
+    heads = theory.balance(config)
+    last = lambda updates, params: steer(updates, params, 1.0, config.ends, config.qk * heads, config.vo * heads, config.orthogonality or None)
     return optax.chain(optax.clip_by_global_norm(1.0), optimizer, optax.stateless(last))
 
 
 def steer(updates, params, rate, ends, qk, vo, orthogonality):
-    """The optimizer's updates times `rate`, and times `ends`, `qk` or `vo` where these apply, with a pull toward orthogonal
-    matrices (None: without).
+    """The optimizer's updates times `rate`, and times `ends`, `qk` or `vo` where these apply (numbers, or of each block, (L, 1, 1)),
+    with a pull toward orthogonal matrices (None: without).
 
     What limits the rate of blocks is that the changes of all of them add up. The ends (embeddings, positions, final gain, head)
     stand once in the network, and queries and keys not in the product of matrices that a signal passes: they may learn

@@ -233,13 +233,13 @@ def test_resuming_refuses_by_name_and_continues_with_more_steps(launch, copy):
 
 
 def test_a_checkpoint_from_before_some_flags_means_what_it_meant(copy, tmp_path):
-    config = Config(depth=1, width=8, length=256, own=False, far=0, vo=1.0)
+    config = Config(depth=1, width=8, length=256, own=False, far=0, vo=1.0, balance=0.0)
     encoding = checkpoint.newest(copy)[0].encoding
     params = model.init(jax.random.key(0), config, data.vocabulary(encoding))
     checkpoint.save(tmp_path, checkpoint.Checkpoint(0, config, encoding, "", params, train.make_optimizer(config).init(params)))
     arrays = checkpoint.read(checkpoint.checkpoints(tmp_path)[0])
     meta = json.loads(arrays["meta"].tobytes())
-    for flag in ("own", "far", "vo"):
+    for flag in ("own", "far", "vo", "balance"):
         del meta["config"][flag]
     restored = checkpoint.restore(arrays | {"meta": np.frombuffer(json.dumps(meta).encode(), np.uint8)})
     assert restored.config == config

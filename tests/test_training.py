@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from minitf import Config, data, model, theory, train
+from minitf import Config, data, model, spa, theory, train
 from run import DATA, ENCODING
 
 SHAPE = dict(depth=14, width=16, heads=2, length=16, batch=8)
@@ -95,7 +95,7 @@ def test_a_step_to_orthogonal_maps_each_singular_value(layers, fan_in, fan_out, 
 @pytest.mark.parametrize("own", [False, True])
 def test_each_parameter_moves_at_its_own_rate(own):
     """A step from the same gradient with other multiples: exactly these parameters move so many times as far."""
-    config = Config(**SHAPE, repeat_rate=0.012, own=own, ends=1.0, qk=1.0, vo=1.0, orthogonality=0.0, warmup=0, optimizer="adamw")
+    config = Config(**SHAPE, repeat_rate=0.012, own=own, ends=1.0, qk=1.0, vo=1.0, orthogonality=0.0, balance=0.0, warmup=0, optimizer="adamw")
     params = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(1), leaf.shape),
                           model.init(jax.random.key(0), config, 50))
     assert {name for name, leaf in params["blocks"].items() if leaf.ndim == 3} <= set(train.MATRICES)        # which Muon trains
@@ -105,8 +105,17 @@ def test_each_parameter_moves_at_its_own_rate(own):
         optimizer = train.make_optimizer(replace(config, **flags))
         return dict(train.named_leaves(optimizer.update(gradient, optimizer.init(params), params)[0]))
 
+    # c of A = c I + P: P falls by exp(-gamma) from one column to the one before it, A's diagonal apart.
+    gammas, c = spa.exponential_schedule(config.gamma, config.depth), np.zeros((config.depth, 1, 1))
+    for layer, pair in enumerate(zip(gammas, gammas[1:]) if own else ()):
+        a = spa.cholesky_attention(*(spa.exponential_kernel(gamma, 8) for gamma in pair))
+        c[layer] = a[-1, -1] - a[-1, -2] * np.exp(pair[1])
+
     plain, other, pulled = moves(), moves(ends=3.0, qk=5.0, vo=0.5), moves(orthogonality=0.5)      # by 0.5 x 0.1 or so, the steps by 0.001
+    balanced = moves(balance=0.3)
     for name, move in plain.items():
         factor = {"embed": 3, "head": 3, "blocks/query": 5, "blocks/key": 5, "blocks/value": 0.5, "blocks/output": 0.5}.get(name, 1)
         assert np.any(move) and np.allclose(other[name], factor * move, rtol=1e-6, atol=0), name
+        more = (1 - c**2)**-0.3 if name.split("/")[-1] in ("query", "key", "value", "output") else 1
+        assert np.allclose(balanced[name], more * move, rtol=1e-5, atol=0), name
         assert (np.max(np.abs(pulled[name] - move)) > 0.01) == (name.split("/")[-1] in (train.CHAIN_OWN if own else train.CHAIN)), name
