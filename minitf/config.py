@@ -167,7 +167,7 @@ def family(config):
 # Tuned at depth 36, as at width 64: learning_rate, ends, qk, vo. Those of paper with one rate for all.
 RATES = {
     "vanilla": dict(muon=(6e-4, 64.0, 16.0, 0.5), adamw=(1.5e-4, 256.0, 16.0, 0.5)),
-    "vanilla own": dict(muon=(4e-4, 200.0, 40.0, 16.0), adamw=(2e-4, 512.0, 24.0, 16.0)),
+    "vanilla own": dict(muon=(3e-4, 270.0, 16.0, 11.0), adamw=(2e-4, 512.0, 18.0, 12.0)),
     "paper": dict(muon=(1e-3, 1.0, 1.0, 1.0), adamw=(3e-4, 1.0, 1.0, 1.0)),
     "weighted": dict(muon=(2e-3, 32.0, 4.0, 0.5), adamw=(2e-3, 64.0, 4.0, 0.5)),
     "preln": dict(muon=(8e-3, 16.0, 1.0, 2.0), adamw=(2e-3, 48.0, 1.0, 1.0)),
