@@ -296,18 +296,24 @@ def report():
     best = {name: next(run for run in tuning if lane_of(run) == tuned(name)) for name, tuning in trials.items()}
     lines += [f"| {name} | {len(tuning)} | {rates(best[name])} | {loss(best[name])} |" for name, tuning in trials.items()]
     lines += ["", "Other seeds, widths and lengths (at width 512, rates divided by sqrt(2)):", "",
-              "| stage | run | rates | steps | width | seed | held out |", "| --- |" + " --- |" * 6]
-    lines += [f"| {run['stage']} | {run['name']} | {rates(run)} | {run['flags']['steps']} | {run['flags']['width']} | {run['seed']} | {loss(run)} |"
-              for run in runs if run["stage"] != "tune"]
+              "| stage | run | rates | steps | width | seeds | held out |", "| --- |" + " --- |" * 6]
+    others = {}                                           # seeds of one setting share a row
+    for run in runs:
+        if run["stage"] != "tune":
+            row = run["stage"], run["name"], rates(run), run["flags"]["steps"], run["flags"]["width"]
+            others.setdefault(row, []).append(run)
+    lines += ["| " + " | ".join(map(str, row)) + f" | {', '.join(str(run['seed']) for run in same)} | {', '.join(map(loss, same))} |"
+              for row, same in others.items()]
     lines += ["", "Every trial, nats a token:", ""]
     lines += [f"- {name}: " + "; ".join(f"{rates(run)}: {run['held_out']:.3f}" for run in tuning) for name, tuning in trials.items()]
     results = HERE / "results.md"
     results.write_text(results.read_text().split(TABLES)[0] + TABLES + "\n" + "\n".join(lines) + "\n")
-    longer = {}                                           # the best of each contender and length
-    for run in runs:
-        if run["stage"] in ("longer", "tune longer", "longer pace") and run["flags"]["steps"] >= 4 * SHAPE["steps"]:
-            longer.setdefault((run["name"], run["flags"]["steps"]), []).append(run)
-    draw(best.values(), [min(each, key=lambda run: run["held_out"]) for each in longer.values()])
+    first = {}                                            # the best of each contender and length, of seed 0
+    for run in sorted((run for run in runs if math.isfinite(run["held_out"])), key=lambda run: run["held_out"]):
+        if run["flags"]["width"] == SHAPE["width"] and run["seed"] == 0 and "dtype" not in run["flags"]:
+            first.setdefault((run["name"], run["flags"]["steps"]), run)
+    draw([run for (_, steps), run in first.items() if steps == SHAPE["steps"]],
+         [run for (_, steps), run in first.items() if steps >= 4 * SHAPE["steps"]])
 
 
 TABLES = "## All runs"
@@ -328,7 +334,7 @@ DRAWN = {"vanilla espa Muon": "k-", "vanilla espa AdamW": "k--", "vanilla softma
 
 
 def draw(best, longer):
-    """Two panels: the best trial of each, and the best of those four times as long or more. Training losses where they were
+    """Two panels: the best run of each, and the best of those four times as long or more. Training losses where they were
     kept, and in any case where a run ended, on held-out text."""
     import matplotlib
     matplotlib.use("Agg")

@@ -178,9 +178,10 @@ def default_rates(config):
     """{flag: value} of the tuned rates, carried over to other sizes.
 
     An update of one size an entry has a spectral norm that grows as sqrt(width): the rate falls with it. Without skips
-    the relative changes of all blocks add up in their product: the rate falls with the depth as well.
+    the relative changes of all blocks add up in their product: the rate falls with the depth as well, or its root where blocks are few.
     """
     kind = family(config)
     rate, ends, qk, vo = RATES["vanilla own" if kind == "vanilla" and config.own else kind][config.optimizer]
-    rate *= (64 / config.width) ** 0.5 * (min(1, 36 / config.depth) if kind in ("vanilla", "paper") else 1)
+    shallower = 36 / config.depth
+    rate *= (64 / config.width) ** 0.5 * (min(shallower, shallower**0.5) if kind in ("vanilla", "paper") else 1)
     return dict(learning_rate=rate, ends=ends, qk=qk, vo=vo)
