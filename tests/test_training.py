@@ -92,6 +92,16 @@ def test_a_step_to_orthogonal_maps_each_singular_value(layers, fan_in, fan_out, 
     assert np.max(wrong) <= 4 * 3 * 12 * np.finfo(np.float32).eps * s.max() * (s.max() / s.mean())**2
 
 
+@given(st.integers(1, 200), st.integers(1, 32), st.sampled_from(["muon", "adamw"]), st.booleans())
+def test_deeper_chains_learn_more_slowly_but_for_their_ends(depth, more, optimizer, own):
+    shallow, deep = (Config(depth=each, heads=1, width=2 * each, optimizer=optimizer, own=own) for each in (depth, depth + more))
+    size = (deep.width / shallow.width)**0.5                  # rates fall with the width as its root, all of them
+    assert deep.learning_rate * size < shallow.learning_rate
+    assert deep.learning_rate * deep.ends * size == pytest.approx(shallow.learning_rate * shallow.ends)
+    skips = Config(depth=depth, block="weighted", optimizer=optimizer), Config(depth=depth + more, block="weighted", optimizer=optimizer)
+    assert skips[0].learning_rate == skips[1].learning_rate
+
+
 @pytest.mark.parametrize("own", [False, True])
 def test_each_parameter_moves_at_its_own_rate(own):
     """A step from the same gradient with other multiples: exactly these parameters move so many times as far."""
