@@ -25,7 +25,7 @@ METRICS = HERE / "headline.jsonl"
 
 
 def stage_runs(stage, name):
-    """[(flags, lanes)] of a contender in a stage."""
+    """[(flags, lanes)] of a contender in a stage: from its best trial, or where the stage's name ends in "default" as run.py does it."""
     shape = SHAPE | CONTENDERS[name]
     if stage == "tune":
         return [(shape, TRIALS.get(name, []))]
@@ -48,9 +48,11 @@ def tuned(name):
 
 
 def default_lane(shape):
+    """What run.py does with these flags; LANE's values of what has no effect there."""
     from minitf import Config
     config = Config(**shape)
-    return {name: value if name in OF_ATTENTION and config.attn != "espa" else getattr(config, name) for name, value in LANE.items()}
+    idle = OF_ATTENTION if config.attn != "espa" else () if config.far else ("gamma_far",)
+    return {name: value if name in idle else getattr(config, name) for name, value in LANE.items()}
 
 
 def read_runs():
@@ -102,8 +104,8 @@ def train_lanes(config, lanes, corpus, vocabulary, every=10, windows=512):
     configs = [replace(config, **{name: lane[name] for name in OF_ATTENTION}) for lane in lanes]
     own = [name for name in LANE if name not in (*OF_ATTENTION, "seed") and (name != "orthogonality" or any(lane[name] for lane in lanes))]
     steering = {name.replace("learning_rate", "rate"): jnp.array([lane[name] for lane in lanes], jnp.float32) for name in own}
-    heads = jnp.stack([theory.balance(each) for each in configs])                           # (lanes, L, 1, 1)
-    steering |= {name: steering[name][:, None, None, None] * heads for name in ("qk", "vo")}
+    balance = jnp.stack([theory.balance(each) for each in configs])                         # (lanes, L, 1, 1)
+    steering |= {name: steering[name][:, None, None, None] * balance for name in ("qk", "vo")}
     constants = [theory.constants(each) for each in configs]
     if any(lane["far"] for lane in lanes):                # heads that are alike have one row: here as many as the others
         each_head = lambda table: jnp.broadcast_to(table, (len(table), config.heads, *table.shape[2:]))
@@ -211,5 +213,7 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     if arguments.what == "report":
         report()
+    elif not arguments.stage or not arguments.data or not set(arguments.names) <= set(CONTENDERS):
+        parser.error("run needs a stage, --data, and names among " + ", ".join(CONTENDERS))
     else:
         run_stage(arguments.stage, arguments.names, arguments.data)

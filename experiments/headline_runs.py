@@ -95,7 +95,8 @@ def wide(lane):
 
 
 # Stages but the first: {contender: how}. How: steps, times SHAPE's; seeds, (0,) where not said; flags, beside the contender's;
-# changes to its best trial, or in a stage called default to what run.py does, each of them a run.
+# changes to its best trial, or in a stage called default to what run.py does, each of them a run. Trials that were added later moved
+# the best: of "longer", "pace", "wide", "why" and "far" some rows in headline.jsonl are from the best of then.
 CHAINS = dict(learning_rate=5e-4, ends=88.0, qk=16.0, vo=0.25)   # the rates of the chain with Muon
 OWN_FIRST = lane(2.5e-4, 176.0, 64.0, orthogonality=0.2, gamma=0.1, vo=8.0)
 OWN_LATER = OWN_FIRST | dict(learning_rate=1.25e-4, ends=352.0, vo=16.0)

@@ -67,7 +67,8 @@ class Config:
     ends: float | None = flag(None, "multiplies it for embeddings, positions, final gain and head; default: likewise", above=0)
     qk: float | None = flag(None, "multiplies it for queries and keys; default: likewise", above=0)
     vo: float | None = flag(None, "multiplies it for values and outputs; default: likewise", above=0)
-    balance: float = flag(0.5, "own: qk and vo are divided by this power of 1 - c^2, what tokens take over from others in a block", low=0, high=1)
+    balance: float | None = flag(None, "own: qk and vo are divided by this power of 1 - c^2, what tokens take over from others in a block; "
+                                 "default: 0.5 for vanilla, else 0", low=0, high=1)
     warmup: int | None = flag(None, "steps of linear warm-up; default: a twentieth of the steps", low=0)
     weight_decay: float = flag(0.0, "decoupled weight decay of matrices", low=0)
     orthogonality: float | None = flag(None, "share by which a step brings the matrices but queries' and keys' back to orthogonal "
@@ -90,6 +91,7 @@ class Config:
             preset["beta"] = sqrt(1 - self.alpha**2)
         complete(self, preset)
         complete(self, dict(own=self.attn == "espa" and family(self) == "vanilla"))
+        complete(self, dict(balance=0.5 if self.own and family(self) == "vanilla" else 0.0))
         far = self.heads // 4 if self.own and self.rescale == "expected" and 256 <= self.length <= spa.EXACT_LENGTH else 0
         complete(self, dict(far=far, gamma=min(0.8, 25.6 / self.length), warmup=self.steps // 20,
                             save_every=max(self.steps // 5, 1)))
@@ -164,7 +166,7 @@ def family(config):
     return "preln" if config.norm != "none" else "weighted" if config.alpha > 0 else skipless
 
 
-# Tuned at depth 36, as at width 64: learning_rate, ends, qk, vo. Those of paper with one rate for all.
+# Tuned at depth 36, as at width 64: learning_rate, ends, qk, vo. Those of own with balance 0.5, of paper with one rate for all.
 RATES = {
     "vanilla": dict(muon=(6e-4, 64.0, 16.0, 0.5), adamw=(1.5e-4, 256.0, 16.0, 0.5)),
     "vanilla own": dict(muon=(3e-4, 270.0, 16.0, 11.0), adamw=(2e-4, 512.0, 18.0, 12.0)),

@@ -17,8 +17,9 @@ def describe(config, params, corpus, out):
     own = ", a matrix of its own for what a token keeps" * config.own
     target = {"espa": f", gamma {config.gamma:g}{far}{own}", "uspa": f", rho {config.rho:g}"}.get(config.attn, "")
     rescale = f", rescale {config.rescale}" if target else ""
-    least, *_, most = sorted(theory.balance(config).ravel()) * 2                  # of blocks, which may be one
-    heads = lambda multiple: " to ".join(dict.fromkeys(f"{multiple * each:.3g}" for each in (least, most)))
+    balance = theory.balance(config)
+    least, most = balance.min(), balance.max()
+    span = lambda multiple: f"{multiple * least:.3g}" + (f" to {multiple * most:.3g}" if most > least else "")
     phi = theory.activation(config)
     shape = f"slope {phi.slope:.4f}" if phi.name.endswith("relu") else \
         f"{phi.output_scale:.3f} phi({phi.input_scale:.3f} x {phi.input_shift:+.3f}) {phi.output_scale * phi.output_shift:+.3f}"
@@ -29,7 +30,7 @@ def describe(config, params, corpus, out):
           f"data        {len(corpus.train):,} tokens of {corpus.encoding.n_vocab:,}, r = {config.repeat_rate:.4f}; "
           f"held out {len(corpus.held_out):,}\n"
           f"training    {config.steps} steps of {config.batch} x {config.length} tokens, {config.optimizer} at {config.learning_rate:.3g} "
-          f"(ends x {config.ends:g}, queries and keys x {heads(config.qk)}, values and outputs x {heads(config.vo)}), "
+          f"(ends x {config.ends:g}, queries and keys x {span(config.qk)}, values and outputs x {span(config.vo)}), "
           f"{model.compute_dtype(config)} on {jax.devices()[0].device_kind}; {out}")
 
 

@@ -77,8 +77,8 @@ def make_optimizer(config):
         dimensions = lambda params: jax.tree.map(lambda matrix: stacked if matrix else None, is_matrix(params))
         optimizer = muon(schedule, weight_decay=config.weight_decay, adam_b2=0.95, consistent_rms=0.2,
                          muon_weight_dimension_numbers=dimensions)
-    heads = theory.balance(config)
-    last = lambda updates, params: steer(updates, params, 1.0, config.ends, config.qk * heads, config.vo * heads, config.orthogonality or None)
+    balance = theory.balance(config)
+    last = lambda updates, params: steer(updates, params, 1.0, config.ends, config.qk * balance, config.vo * balance, config.orthogonality or None)
     return optax.chain(optax.clip_by_global_norm(1.0), optimizer, optax.stateless(last))
 
 

@@ -97,15 +97,17 @@ def test_deeper_chains_learn_more_slowly_but_for_their_ends(depth, more, optimiz
     shallow, deep = (Config(depth=each, heads=1, width=2 * each, optimizer=optimizer, own=own) for each in (depth, depth + more))
     size = (deep.width / shallow.width)**0.5                  # rates fall with the width as its root, all of them
     assert deep.learning_rate * size < shallow.learning_rate
+    at = [Config(depth=each, optimizer=optimizer, own=own).learning_rate for each in (9, 36, 144)]
+    assert at == pytest.approx([2 * at[1], at[1], at[1] / 4])
     assert deep.learning_rate * deep.ends * size == pytest.approx(shallow.learning_rate * shallow.ends)
     skips = Config(depth=depth, block="weighted", optimizer=optimizer), Config(depth=depth + more, block="weighted", optimizer=optimizer)
     assert skips[0].learning_rate == skips[1].learning_rate
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_each_parameter_moves_at_its_own_rate(own):
+@pytest.mark.parametrize("own, far", [(False, 0), (True, 0), (True, 1)])
+def test_each_parameter_moves_at_its_own_rate(own, far):
     """A step from the same gradient with other multiples: exactly these parameters move so many times as far."""
-    config = Config(**SHAPE, repeat_rate=0.012, own=own, ends=1.0, qk=1.0, vo=1.0, orthogonality=0.0, balance=0.0, warmup=0, optimizer="adamw")
+    config = Config(**SHAPE, repeat_rate=0.012, own=own, far=far, ends=1.0, qk=1.0, vo=1.0, orthogonality=0.0, balance=0.0, warmup=0, optimizer="adamw")
     params = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(1), leaf.shape),
                           model.init(jax.random.key(0), config, 50))
     assert {name for name, leaf in params["blocks"].items() if leaf.ndim == 3} <= set(train.MATRICES)        # which Muon trains
@@ -115,11 +117,13 @@ def test_each_parameter_moves_at_its_own_rate(own):
         optimizer = train.make_optimizer(replace(config, **flags))
         return dict(train.named_leaves(optimizer.update(gradient, optimizer.init(params), params)[0]))
 
-    # c of A = c I + P: P falls by exp(-gamma) from one column to the one before it, A's diagonal apart.
-    gammas, c = spa.exponential_schedule(config.gamma, config.depth), np.zeros((config.depth, 1, 1))
-    for layer, pair in enumerate(zip(gammas, gammas[1:]) if own else ()):
-        a = spa.cholesky_attention(*(spa.exponential_kernel(gamma, 8) for gamma in pair))
-        c[layer] = a[-1, -1] - a[-1, -2] * np.exp(pair[1])
+    # c of A = c I + P: P falls by exp(-gamma) from one column to the one before it, A's diagonal apart. Heads share the least.
+    c = np.ones((config.depth, 1, 1)) if own else np.zeros((config.depth, 1, 1))
+    for gamma in ((config.gamma, config.gamma_far) if far else (config.gamma,)) if own else ():
+        gammas = spa.exponential_schedule(gamma, config.depth)
+        for layer, pair in enumerate(zip(gammas, gammas[1:])):
+            a = spa.cholesky_attention(*(spa.exponential_kernel(each, 8) for each in pair))
+            c[layer] = min(c[layer], a[-1, -1] - a[-1, -2] * np.exp(pair[1]))
 
     plain, other, pulled = moves(), moves(ends=3.0, qk=5.0, vo=0.5), moves(orthogonality=0.5)      # by 0.5 x 0.1 or so, the steps by 0.001
     balanced = moves(balance=0.3)
