@@ -193,12 +193,12 @@ def draw(best, longer):
     for axes, runs in zip(panels, (best, longer)):
         for run in sorted((run for run in runs if run["name"] in DRAWN), key=lambda run: run["held_out"]):
             style, steps = DRAWN[run["name"]], run["flags"]["steps"]
-            axes.plot(run.get("at", []), run.get("loss", []), style, label=f"{run['name']}, {steps} steps: {run['held_out']:.3f}")
+            axes.plot(run.get("at", []), run.get("loss", []), style, lw=1, label=f"{run['name']}, {steps} steps: {run['held_out']:.3f}")
             axes.plot(steps, run["held_out"], style.strip("-.:") + "o", ms=4)
         axes.set(xlabel="step", ylabel="nats a token: training (lines), held out (dots)")
         axes.legend(fontsize="small", loc="upper right")
-    panels[0].set(ylim=(2.4, 7.4), title="the pace at first")
-    panels[1].set(ylim=(1.7, 4.5), title="four times the steps and more")
+    panels[0].set(ylim=(2.3, 7.6), title="the pace at first")
+    panels[1].set(ylim=(1.6, 4.5), title="four times the steps and more")
     figure.suptitle("36 blocks, width 256, Python source. vanilla: no skips, no norms (own: as it is by default). paper: the same, with the published "
                     "initialisation.\nPre-LN: the standard transformer")
     figure.savefig(HERE / "headline.png", dpi=110)
