@@ -180,13 +180,13 @@ def default_rates(config):
     """{flag: value} of the tuned rates, carried over to other sizes.
 
     An update of one size an entry has a spectral norm that grows as sqrt(width): the rate falls with it. Without skips
-    the relative changes of all blocks add up in their product: the rate falls with the depth as well, or its root where blocks are
-    few. The ends' own does not: they stand once in the network, however deep.
+    the relative changes of all blocks add up in their product: the rate falls with the depth as well; its root fits 6 to
+    72 blocks. The ends' own does not: they stand once in the network, however deep.
     """
     kind = family(config)
     rate, ends, qk, vo = RATES["vanilla own" if kind == "vanilla" and config.own else kind][config.optimizer]
     rate *= (64 / config.width) ** 0.5
     if kind in ("vanilla", "paper"):
-        by_depth = min(36 / config.depth, (36 / config.depth) ** 0.5)
+        by_depth = (36 / config.depth) ** 0.5
         rate, ends = rate * by_depth, ends / by_depth if kind == "vanilla" else ends        # paper has one rate for all
     return dict(learning_rate=rate, ends=ends, qk=qk, vo=vo)
