@@ -19,7 +19,7 @@ import numpy as np
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from headline_runs import CONTENDERS, LANE, OF_ATTENTION, SAME, SHAPE, STAGES, TRIALS, WIDE, wide           # noqa: E402
+from headline_runs import CONTENDERS, LANE, OF_ATTENTION, SAME, SHAPE, STAGES, TRIALS, at_width           # noqa: E402
 
 METRICS = HERE / "headline.jsonl"
 
@@ -33,10 +33,7 @@ def stage_runs(stage, name):
         return []
     how = STAGES[stage][name]
     shape = shape | how.get("flags", {})
-    if stage.endswith("default"):
-        best = default_lane(shape)
-    else:
-        best = wide(tuned(name)) if shape["width"] == WIDE["width"] else tuned(name)
+    best = default_lane(shape) if stage.endswith("default") else at_width(tuned(name), shape["width"])
     lanes = [best | change | dict(seed=seed) for change in how.get("changes", ({},)) for seed in how.get("seeds", (0,))]
     return [(shape | dict(steps=round(shape["steps"] * multiple)), lanes) for multiple in how.get("steps", (1,))]
 
@@ -51,8 +48,8 @@ def default_lane(shape):
     """What run.py does with these flags; LANE's values of what has no effect there."""
     from minitf import Config
     config = Config(**shape)
-    idle = OF_ATTENTION if config.attn != "espa" else () if config.far else ("gamma_far",)
-    return {name: value if name in idle else getattr(config, name) for name, value in LANE.items()}
+    used = dict(gamma=config.attn == "espa", gamma_far=config.far > 0)
+    return {name: getattr(config, name) if used.get(name, True) else value for name, value in LANE.items()}
 
 
 def read_runs():

@@ -89,9 +89,12 @@ BEFORE = {"muon": lane(2e-4, 200.0, 40.0, vo=16.0, orthogonality=0.2, gamma=0.1,
           "adamw": lane(1e-4, 512.0, 24.0, vo=16.0, orthogonality=0.2, gamma=0.1, far=1, gamma_far=0.02)}
 
 
-def wide(lane):
+def at_width(lane, width):
     """At another width, the rate changes as config.default_rates says."""
-    return lane | dict(learning_rate=lane["learning_rate"] * (SHAPE["width"] / WIDE["width"])**0.5)
+    return lane | dict(learning_rate=lane["learning_rate"] * (SHAPE["width"] / width)**0.5)
+
+
+WIDE_BEFORE = {optimizer: at_width(lane, WIDE["width"]) | dict(far=2) for optimizer, lane in BEFORE.items()}
 
 
 # Stages but the first: {contender: how}. How: steps, times SHAPE's; seeds, (0,) where not said; flags, beside the contender's;
@@ -155,11 +158,11 @@ STAGES = {
         "vanilla own Muon": dict(steps=(1, 4, 5.2, 2), seeds=(0, 1, 2), changes=(BEFORE["muon"],)),
         "vanilla own AdamW": dict(steps=(1, 4), seeds=(0, 1, 2), changes=(BEFORE["adamw"],))},
     "wide, before balance": {
-        "vanilla own Muon": dict(seeds=(0, 1, 2), flags=WIDE, changes=(wide(BEFORE["muon"]) | dict(far=2),)),
-        "vanilla own AdamW": dict(seeds=(0, 1, 2), flags=WIDE, changes=(wide(BEFORE["adamw"]) | dict(far=2),))},
+        "vanilla own Muon": dict(seeds=(0, 1, 2), flags=WIDE, changes=(WIDE_BEFORE["muon"],)),
+        "vanilla own AdamW": dict(seeds=(0, 1, 2), flags=WIDE, changes=(WIDE_BEFORE["adamw"],))},
     "wide longer": {
-        "vanilla own Muon": dict(steps=(4,), flags=WIDE, changes=(wide(BEFORE["muon"]) | dict(far=2),)),
-        "Pre-LN Muon": dict(steps=(4,), flags=WIDE, changes=(wide(lane(4e-3, 16.0, vo=2.0)),))},
+        "vanilla own Muon": dict(steps=(4,), flags=WIDE, changes=(WIDE_BEFORE["muon"],)),
+        "Pre-LN Muon": dict(steps=(4,), flags=WIDE, changes=(at_width(lane(4e-3, 16.0, vo=2.0), WIDE["width"]),))},
     # As run.py trains them when no rate is given.
     "default": {name: dict(seeds=(0, 1, 2)) for name in CONTENDERS},
     "longer default": {name: dict(steps=(4,), seeds=(0, 1, 2)) for name in CONTENDERS},

@@ -91,7 +91,6 @@ class Config:
             preset["beta"] = sqrt(1 - self.alpha**2)
         complete(self, preset)
         complete(self, dict(own=self.attn == "espa" and family(self) == "vanilla"))
-        complete(self, dict(balance=0.5 if self.own and family(self) == "vanilla" else 0.0))
         far = self.heads // 4 if self.own and self.rescale == "expected" and 256 <= self.length <= spa.EXACT_LENGTH else 0
         complete(self, dict(far=far, gamma=min(0.8, 25.6 / self.length), warmup=self.steps // 20,
                             save_every=max(self.steps // 5, 1)))
@@ -184,9 +183,11 @@ def default_rates(config):
     72 blocks. The ends' own does not: they stand once in the network, however deep.
     """
     kind = family(config)
-    rate, ends, qk, vo = RATES["vanilla own" if kind == "vanilla" and config.own else kind][config.optimizer]
+    own = kind == "vanilla" and config.own
+    rate, ends, qk, vo = RATES["vanilla own" if own else kind][config.optimizer]
     rate *= (64 / config.width) ** 0.5
     if kind in ("vanilla", "paper"):
         by_depth = (36 / config.depth) ** 0.5
-        rate, ends = rate * by_depth, ends / by_depth if kind == "vanilla" else ends        # paper has one rate for all
-    return dict(learning_rate=rate, ends=ends, qk=qk, vo=vo)
+        rate *= by_depth
+        ends /= by_depth if kind == "vanilla" else 1                        # paper has one rate for all
+    return dict(learning_rate=rate, ends=ends, qk=qk, vo=vo, balance=0.5 if own else 0.0)

@@ -1,17 +1,13 @@
 """The headline's lanes: networks trained side by side see what each would see alone."""
-import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
+import headline
 from minitf import Config, data, model, theory, train
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
-import headline                                                                # noqa: E402
 
 STEPS, VOCABULARY = 10, 40
 

@@ -118,8 +118,8 @@ def test_each_parameter_moves_at_its_own_rate(own, far):
         return dict(train.named_leaves(optimizer.update(gradient, optimizer.init(params), params)[0]))
 
     # c of A = c I + P: P falls by exp(-gamma) from one column to the one before it, A's diagonal apart. Heads share the least.
-    c = np.ones((config.depth, 1, 1)) if own else np.zeros((config.depth, 1, 1))
-    for gamma in ((config.gamma, config.gamma_far) if far else (config.gamma,)) if own else ():
+    c = np.full((config.depth, 1, 1), float(own))
+    for gamma in [config.gamma, config.gamma_far][:own + far]:
         gammas = spa.exponential_schedule(gamma, config.depth)
         for layer, pair in enumerate(zip(gammas, gammas[1:])):
             a = spa.cholesky_attention(*(spa.exponential_kernel(each, 8) for each in pair))
