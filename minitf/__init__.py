@@ -1,8 +1,23 @@
-"""minitf: transformers that train without shortcuts, as pure functions in JAX."""
-from .checkpoint import load_model as load
-from .config import Config
-from .model import forward, init
-from .theory import constants, initial_kernel, predict
+"""minitf: transformers that train without shortcuts, as pure functions in JAX.
 
-__version__ = "0.1.0"
-__all__ = ["Config", "constants", "forward", "init", "initial_kernel", "load", "predict"]
+Names are loaded when they are first used: the theory needs NumPy and SciPy alone.
+"""
+from importlib import import_module
+
+__version__ = "0.2.0"
+_HOME = {
+    "resolve": "config",
+    "attention_constants": "theory.kernels",
+    "input_kernel": "theory.kernels",
+    "predict_kernels": "theory.kernels",
+    "forward": "network.model",
+    "init": "network.model",
+    "load": "training.checkpoint",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name):
+    if name not in _HOME:
+        raise AttributeError(f"module 'minitf' has no attribute {name!r}")
+    return getattr(import_module("minitf." + _HOME[name]), name)

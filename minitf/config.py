@@ -1,193 +1,272 @@
-"""The configuration: one frozen dataclass, whose fields are run.py's flags."""
-from dataclasses import dataclass, field, fields
+"""Settings: three frozen dataclasses without a None, and `resolve`, which states every default."""
+from dataclasses import MISSING, dataclass, field, fields
 from math import inf, isfinite, sqrt
 from typing import get_args
 
-from . import activations, spa
-from .errors import require
+from .errors import look_up, require
+from .presets import PRESETS, gammas_by_length, scaled
+from .theory.activations import NAMES, TRANSFORMS
+from .theory.families import FAMILIES
 
-# What a kind of block brings along; any flag given beside it wins. paper: vanilla as He et al. have it.
-BLOCKS = {
-    "vanilla": dict(attn="espa", alpha=0.0, beta=1.0, norm="none", act="relu", transform="none",
-                    init="looks_linear", optimizer="muon", orthogonality=0.2),
-    "paper": dict(attn="espa", alpha=0.0, beta=1.0, norm="none", act="leaky_relu", transform="tat",
-                  init="orthogonal", optimizer="adamw", orthogonality=0.0),
-    "weighted": dict(attn="espa", alpha=0.98, beta=sqrt(1 - 0.98**2), norm="none", act="relu", transform="none",
-                     init="orthogonal", optimizer="muon", orthogonality=0.0),
-    "preln": dict(attn="softmax", alpha=1.0, beta=1.0, norm="layer", act="gelu", transform="none",
-                  init="gaussian", optimizer="adamw", orthogonality=0.0),
-}
+GROUPS = ("method", "additions", "training", "data")   # of flags, as --help shows them
 
 
-def flag(default, text, *choices, low=-inf, high=inf, above=-inf, below=inf):
-    """A field with what run.py's help says of it, its allowed values or its range (closed: low, high; open: above, below)."""
-    limits = dict(text=text, choices=choices, low=low, high=high, above=above, below=below)
-    return field(default=default, metadata=limits)
+def flag(group, text, *choices, default=MISSING, low=-inf, high=inf, above=-inf, below=inf):
+    """A field: its group and text in --help, and what it allows.
 
-
-@dataclass(frozen=True)
-class Config:
-    """A model, its data and its training. None: chosen by `block`, or by what is measured (see each).
-
-    Raises ValueError, with one line that says what is allowed, for any value out of its range.
+    A choice of names, or a range, closed (low, high) or open (above, below).
     """
-    depth: int = flag(36, "blocks", low=1)
-    width: int = flag(64, "features of a token (d)", low=1)
-    heads: int = flag(4, "attention heads", low=1)
-    length: int = flag(64, "tokens of context (T)", low=2)
-    block: str = flag("vanilla", "no skips and no norms; the same as published; weighted skips, no norms; or the standard "
-                      "transformer", *BLOCKS)
-    attn: str | None = flag(None, "attention", "softmax", "vskip", "uspa", "espa")
-    gamma: float | None = flag(None, "espa: the last kernel's decay, gamma_L; default: 25.6 / length, at most 0.8", above=0)
-    own: bool | None = flag(None, "espa: what a token keeps of itself passes a matrix of its own, so that values and outputs may learn "
-                            "fast; default: for vanilla")
-    far: int | None = flag(None, "espa: how many of the heads look far back, with gamma_far in gamma's place; default: with own a "
-                           f"quarter, where the context has 256 to {spa.EXACT_LENGTH:,} tokens, else 0", low=0)
-    gamma_far: float | None = flag(None, "espa: their gamma_L; default: a fifth of gamma", above=0)
-    rho: float = flag(0.8, "uspa: the last kernel's correlation, rho_L", above=0, below=1)
-    rescale: str = flag("expected", "positions' mean square: held at 1, or the paper's row sums alone", "expected", "plain")
-    repeat_rate: float | None = flag(None, "chance that two tokens are equal; default: that of the training tokens",
-                                     low=0, below=1)
-    alpha: float | None = flag(None, "weight of the skips", low=0, high=100)
-    beta: float | None = flag(None, "weight of the branches; with alpha alone: sqrt(1 - alpha^2)", low=0, high=100)
-    norm: str | None = flag(None, "normalisation before each branch", "none", "layer", "rms")
-    act: str | None = flag(None, "activation", *activations.NAMES)
-    transform: str | None = flag(None, "its transformation", *activations.TRANSFORMS)
-    eta: float = flag(0.9, "TAT of leaky ReLU: C_f(0)", above=0, below=1)
-    zeta: float = flag(1.5, "DKS: slope of C_f at 1", above=1)
-    tau: float = flag(0.3, "TAT of smooth activations: curvature of C_f at 1", above=0)
-    init: str | None = flag(None, "initialisation of weights", "looks_linear", "orthogonal", "gaussian")
-    position: str = flag("rope", "position encoding", "rope", "sinusoidal", "learned", "none")
-    batch: int = flag(16, "sequences a step", low=1)
-    steps: int = flag(400, "training steps", low=1, high=2**31 - 1)
-    save_every: int | None = flag(None, "steps between checkpoints; default: a fifth of the steps", low=1)
-    optimizer: str | None = flag(None, "optimizer", "muon", "adamw")
-    learning_rate: float | None = flag(None, "peak learning rate; default: what suits block, optimizer and size",
-                                       above=0)
-    ends: float | None = flag(None, "multiplies it for embeddings, positions, final gain and head; default: likewise", above=0)
-    qk: float | None = flag(None, "multiplies it for queries and keys; default: likewise", above=0)
-    vo: float | None = flag(None, "multiplies it for values and outputs; default: likewise", above=0)
-    balance: float | None = flag(None, "own: qk and vo are divided by this power of 1 - c^2, what tokens take over from others in a block; "
-                                 "default: 0.5 for vanilla, else 0", low=0, high=1)
-    warmup: int | None = flag(None, "steps of linear warm-up; default: a twentieth of the steps", low=0)
-    weight_decay: float = flag(0.0, "decoupled weight decay of matrices", low=0)
-    orthogonality: float | None = flag(None, "share by which a step brings the matrices but queries' and keys' back to orthogonal "
-                                       "ones; default: 0.2 for vanilla, else 0", low=0, high=1)
-    dtype: str | None = flag(None, "arithmetic; default: bfloat16 on an accelerator, float32 on a CPU",
-                             "float32", "bfloat16")
-    remat: bool = flag(False, "compute activations again in the backward pass, block by block: less memory, more time")
-    seed: int = flag(0, "of initialisation and order of the data", low=0, high=2**31 - 1)
-    data: str | None = flag(None, "UTF-8 text: files, folders or globs, comma-separated, or a folder that data/prepare.py "
-                            "made; default: Shakespeare")
-    val_data: str | None = flag(None, "held-out text, as data; default: what was set aside, or the last tenth of data")
-    encoding: str | None = flag(None, "a tiktoken encoding's name, or a rank file; default: the prepared folder's, or 1,024 byte pairs")
-
-    def __post_init__(self):
-        for each in fields(self):
-            validate(self, each)
-        preset = dict(BLOCKS[self.block])
-        if self.alpha is not None and self.beta is None:
-            require(self.alpha <= 1, f"alpha must be at most 1 when beta is left to it, not {self.alpha:g}")
-            preset["beta"] = sqrt(1 - self.alpha**2)
-        complete(self, preset)
-        complete(self, dict(own=self.attn == "espa" and family(self) == "vanilla"))
-        far = self.heads // 4 if self.own and self.rescale == "expected" and 256 <= self.length <= spa.EXACT_LENGTH else 0
-        complete(self, dict(far=far, gamma=min(0.8, 25.6 / self.length), warmup=self.steps // 20,
-                            save_every=max(self.steps // 5, 1)))
-        complete(self, dict(gamma_far=self.gamma / 5) | default_rates(self))
-        require(self.width % self.heads == 0,
-                f"width must be a multiple of heads: {self.width} is not one of {self.heads}")
-        require(self.far <= self.heads, f"far must be at most heads, {self.heads}, not {self.far}")
-        require(self.far == 0 or self.rescale == "expected", "far needs rescale expected: plain takes all heads to be alike")
-        require(self.far == 0 or self.length <= spa.EXACT_LENGTH,
-                f"far must be 0 beyond {spa.EXACT_LENGTH} tokens, where D is not known, not {self.far}")
-        require(not self.own or self.attn == "espa", f"own needs attn espa, not {self.attn}")
-        require(self.position != "rope" or self.width // self.heads % 2 == 0,
-                f"rope needs an even number of features a head, not {self.width // self.heads}")
-        require(self.position != "sinusoidal" or self.width % 2 == 0,
-                f"sinusoidal positions need an even width, not {self.width}")
-        require(self.warmup < self.steps, f"warmup must be below steps, {self.steps}, not {self.warmup}")
-        require(self.init != "looks_linear" or self.act in activations.SLOPES or
-                self.act in activations.LOOK_LINEAR and self.transform == "none",
-                f"init looks_linear needs act {', '.join(activations.SLOPES)}, or with transform none "
-                f"{', '.join(activations.LOOK_LINEAR)}, not {self.act} with {self.transform}; init orthogonal takes all")
-        require(self.norm != "none" and self.transform == "none" or abs(self.alpha**2 + self.beta**2 - 1) < 0.01,
-                f"without norms or with a transform alpha^2 + beta^2 must be 1, not {self.alpha**2 + self.beta**2:.4g}")
-        require(self.beta > 0, "beta must be above 0: the branches are all that there is to train")
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How text is drawn from a trained model; raises ValueError as Config does."""
-    prompt: str = flag("\n", "what the text begins with; default: a line break")
-    tokens: int = flag(120, "how many to draw", low=1)
-    temperature: float = flag(0.8, "divides the logits; 0: always the most likely token", low=0)
-    top_k: int | None = flag(None, "draws among the most likely K only", low=1)
-    seed: int = flag(0, "of what is drawn", low=0, high=2**31 - 1)
-
-    def __post_init__(self):
-        for each in fields(self):
-            validate(self, each)
-
-
-def complete(configuration, values):
-    """Gives the fields that are None these values, {name: value}."""
-    for name, value in values.items():
-        if getattr(configuration, name) is None:
-            object.__setattr__(configuration, name, value)
+    limits = dict(group=group, text=text, choices=choices, low=low, high=high, above=above,
+                  below=below)
+    return field(default=default, metadata=limits)
 
 
 def kind(each):
     """The type of a field's values other than None."""
-    return (get_args(each.type) or [each.type])[0]
+    return next(t for t in (*get_args(each.type), each.type) if t is not type(None))
 
 
-def validate(configuration, each):
-    """ValueError unless the value of the field is of its type and within its limits."""
-    name, value, limits = each.name, getattr(configuration, each.name), each.metadata
-    if value is None and each.default is None:
+def check(each, value):
+    """ValueError unless a value is of a field's type and within its limits."""
+    name, limits = each.name, each.metadata
+    if value is None and type(None) in get_args(each.type):
         return
-    allowed_types = (int, float) if kind(each) is float else kind(each)
-    require(isinstance(value, allowed_types) and (allowed_types is bool or not isinstance(value, bool)),
+    if kind(each) is tuple and isinstance(value, (tuple, list)):
+        require(len(value), f"{name} must be one number or more, not none")
+        return [check_number(name, limits, float, part) for part in value]
+    if kind(each) in (int, float, tuple):
+        return check_number(name, limits, int if kind(each) is int else float, value)
+    require(isinstance(value, kind(each)),
             f"{name} must be of type {kind(each).__name__}, not {value!r}")
     if limits["choices"]:
-        require(value in limits["choices"], f"{name} must be one of {', '.join(limits['choices'])}, not {value!r}")
-    elif not isinstance(value, (str, bool)):
-        bounds = {"at least": limits["low"], "at most": limits["high"], "above": limits["above"], "below": limits["below"]}
-        allowed = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if isfinite(bound))
-        fine = limits["low"] <= value <= limits["high"] and limits["above"] < value < limits["below"]
-        require(fine, f"{name} must be {allowed or 'finite'}, not {value}")
+        look_up(dict.fromkeys(limits["choices"]), value, name)
 
 
-def family(config):
-    """Which of BLOCKS a network is like, whatever its flags were: by its norms, its skips, its initialisation."""
-    skipless = "vanilla" if config.init == "looks_linear" else "paper"
-    return "preln" if config.norm != "none" else "weighted" if config.alpha > 0 else skipless
+def check_number(name, limits, number, value):
+    """ValueError unless a value is an int, or with number = float any, within limits."""
+    require(isinstance(value, (int, number)) and not isinstance(value, bool),
+            f"{name} must be of type {number.__name__}, not {value!r}")
+    words = {"at least": "low", "at most": "high", "above": "above", "below": "below"}
+    bounds = " and ".join(f"{word} {limits[bound]:g}" for word, bound in words.items()
+                          if isfinite(limits[bound]))
+    fine = (limits["low"] <= value <= limits["high"] and limits["above"] < value < limits["below"]
+            and isfinite(value))
+    require(fine, f"{name} must be {bounds or 'finite'}, not {value}")
 
 
-# Tuned at depth 36, as at width 64: learning_rate, ends, qk, vo. Those of own with balance 0.5, of paper with one rate for all.
-RATES = {
-    "vanilla": dict(muon=(6e-4, 64.0, 16.0, 0.5), adamw=(1.5e-4, 256.0, 16.0, 0.5)),
-    "vanilla own": dict(muon=(3e-4, 270.0, 16.0, 11.0), adamw=(2e-4, 512.0, 18.0, 12.0)),
-    "paper": dict(muon=(1e-3, 1.0, 1.0, 1.0), adamw=(3e-4, 1.0, 1.0, 1.0)),
-    "weighted": dict(muon=(2e-3, 32.0, 4.0, 0.5), adamw=(2e-3, 64.0, 4.0, 0.5)),
-    "preln": dict(muon=(8e-3, 16.0, 1.0, 2.0), adamw=(2e-3, 48.0, 1.0, 1.0)),
-}
+class Checked:
+    """A dataclass whose fields are checked: ValueError, in one line, for what is not allowed."""
+
+    def __post_init__(self):
+        for each in fields(self):
+            check(each, getattr(self, each.name))
 
 
-def default_rates(config):
-    """{flag: value} of the tuned rates, carried over to other sizes.
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Checked):
+    """A network. Frozen and hashable: what a compiled function sees as static."""
+    depth: int = flag("method", "blocks (default: 36)", low=1)
+    width: int = flag("method", "features of a token, d (default: 64)", low=1)
+    heads: int = flag("method", "attention heads (default: 4)", low=1)
+    length: int = flag("method", "tokens of context, T (default: 64)", low=2)
+    attn: str = flag("method", "attention family", *FAMILIES)
+    gamma: tuple = flag("method", "espa: decay of the last kernel, gamma_L, one number or one for "
+                        "each head, as 0.1,0.1,0.02 (default: 25.6 / length, at most 0.8; from "
+                        "256 to 1,024 tokens a fifth of it for a quarter of the heads)",
+                        above=0, high=100)
+    rho: float = flag("method", "uspa: correlation of the last kernel, rho_L (default: 0.8)",
+                      above=0, below=1)
+    rho_first: float = flag("method", "uspa: that of the first kernel, rho_0 (default: the chance "
+                            "that two tokens are equal)", low=0, below=1)
+    act: str = flag("method", "activation", *NAMES)
+    transform: str = flag("method", "what it is solved for", *TRANSFORMS)
+    eta: float = flag("method", "TAT of a leaky ReLU: C_f(0) (default: 0.9)", above=0, below=1)
+    zeta: float = flag("method", "DKS: slope of C_f at 1 (default: 1.5)", above=1, high=1e6)
+    tau: float = flag("method", "TAT of a smooth activation: curvature of C_f at 1 (default: 0.3)",
+                      above=0, high=1e6)
+    alpha: float = flag("method", "weight of the skips", low=0, high=100)
+    beta: float = flag("method", "weight of the branches (default: with alpha alone, "
+                       "sqrt(1 - alpha^2))", above=0, high=100)
+    norm: str = flag("method", "normalisation before each branch", "none", "layer", "rms")
+    position: str = flag("method", "position encoding (default: rope)", "rope", "learned", "none")
+    row_scale: str = flag("additions", "D: holds every position at mean square 1, or the paper's "
+                          "row sums (default: unit)", "unit", "row-sum")
+    identity_skip: bool = flag("additions", "espa: c of A = c I + P goes past attention, as a skip")
+    init: str = flag("additions", "initialisation of W^V and W^O", "orthogonal", "gaussian")
+    mlp_init: str = flag("additions", "initialisation of the MLPs; orthogonal is the paper's",
+                         "looks_linear", "orthogonal", "gaussian")
+    head_init: str = flag("additions", "initialisation of the head", "zero", "gaussian")
+    token_collision_rate: float = flag("additions", "chance that two tokens are equal (default: "
+                                       "that of the training tokens)", low=0, high=1)
+    dtype: str = flag("training", "arithmetic (default: float32 on a CPU, else bfloat16)",
+                      "float32", "bfloat16")
+    remat: bool = flag("training", "compute activations again in the backward pass, block by "
+                       "block: less memory, more time")
 
-    An update of one size an entry has a spectral norm that grows as sqrt(width): the rate falls with it. Without skips
-    the relative changes of all blocks add up in their product: the rate falls with the depth as well; its root fits 6 to
-    72 blocks. The ends' own does not: they stand once in the network, however deep.
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.width % self.heads == 0,
+                f"width must be a multiple of heads: {self.width} is not one of {self.heads}")
+        require(len(self.gamma) == self.heads,
+                f"gamma must be one number or one for each of {self.heads} heads, "
+                f"not {len(self.gamma)}")
+        require(self.position != "rope" or self.width // self.heads % 2 == 0,
+                f"rope needs an even number of features a head, not {self.width // self.heads}")
+        require(not self.identity_skip or self.attn == "espa" and self.alpha == 0,
+                "identity-skip needs attn espa and alpha 0")
+        total = self.alpha**2 + self.beta**2
+        require(self.norm != "none" and self.transform == "none" or abs(total - 1) < 0.01,
+                f"without norms or with a transform alpha^2 + beta^2 must be 1, not {total:.4g}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(Checked):
+    """How a network is trained: steps, optimizer, rates."""
+    steps: int = flag("training", "training steps (default: 400)", low=1, high=2**31 - 1)
+    batch: int = flag("training", "sequences a step (default: 16)", low=1)
+    seed: int = flag("training", "of initialisation and order of the data (default: 0)",
+                     low=0, high=2**31 - 1)
+    optimizer: str = flag("training", "optimizer", "muon", "adamw")
+    learning_rate: float = flag("training", "peak learning rate (default: the preset's, for width "
+                                "and depth)", above=0)
+    warmup: int = flag("training", "steps of linear warm-up (default: a twentieth)", low=0)
+    save_every: int = flag("training", "steps between checkpoints (default: a fifth of the steps)",
+                           low=1)
+    lr_mult_embed: float = flag("additions", "times the learning rate: embeddings, positions, "
+                                "final gain and head", above=0)
+    lr_mult_qk: float = flag("additions", "times the learning rate: queries and keys", above=0)
+    lr_mult_vo: float = flag("additions", "times the learning rate: values and outputs", above=0)
+    weight_decay: float = flag("additions", "decoupled, times the group's learning rate", low=0)
+    decay_groups: str = flag("additions", "whose matrices decay, of qk,vo,mlp")
+    orthogonal_pull: float = flag("additions", "share by which a step brings matrices back to "
+                                  "orthogonal ones", low=0, high=1)
+    pull_groups: str = flag("additions", "which matrices, of qk,vo,mlp")
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.warmup < self.steps,
+                f"warmup must be below steps, {self.steps}, not {self.warmup}")
+        for name in ("decay_groups", "pull_groups"):
+            for group in filter(None, getattr(self, name).split(",")):
+                look_up(dict.fromkeys(("qk", "vo", "mlp")), group, name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Checked):
+    """Text to train on and to validate on. None: what is included, what was set aside."""
+    data: str | None = flag("data", "UTF-8 text: files, folders or globs, comma-separated, or a "
+                            "folder that data/prepare.py made (default: Shakespeare)")
+    val_data: str | None = flag("data", "validation text, as data (default: what was set aside, "
+                                "or the last tenth)")
+    encoding: str | None = flag("data", "a tiktoken encoding's name, or a rank file (default: the "
+                                "prepared folder's, or 1,024 byte pairs)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling(Checked):
+    """How text is drawn from a trained model."""
+    prompt: str = flag("data", "--sample: what the text begins with (default: a line break)",
+                       default="\n")
+    tokens: int = flag("data", "--sample: how many to draw (default: 120)", default=120, low=1)
+    temperature: float = flag("data", "--sample: divides the logits; 0: always the likeliest "
+                              "(default: 0.8)", default=0.8, low=0)
+    top_k: int | None = flag("data", "--sample: draw among the K likeliest only (default: all)",
+                             default=None, low=1)
+    seed: int = flag("data", "", default=0, low=0, high=2**31 - 1)
+
+
+FIELDS = (*fields(ModelConfig), *fields(TrainingConfig), *fields(DataConfig))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All of a run: the preset, what was chosen beside it, and what follows from both."""
+    preset: str
+    flags: dict
+    model: ModelConfig
+    training: TrainingConfig
+    data: DataConfig
+
+    def replace(self, **flags):
+        """Settings with other flags. Every default is made anew, none is kept from before."""
+        made_here = dict(dtype=self.model.dtype,
+                         token_collision_rate=self.model.token_collision_rate)
+        return resolve(self.preset, **{**made_here, **self.flags, **flags})
+
+
+def resolve(preset="isometric", collision_rate=0.0, backend="cpu", **flags):
+    """The Settings of a preset with flags beside it: each flag, or the preset's value, or this.
+
+    Args:
+      preset: a name of PRESETS.
+      collision_rate: the chance that two of the training tokens are equal.
+      backend: "cpu", "gpu" or "tpu": where it will run.
+      flags: any field of the three dataclasses. gamma may be one number.
+    Raises ValueError, in one line, for anything that is not allowed.
     """
-    kind = family(config)
-    own = kind == "vanilla" and config.own
-    rate, ends, qk, vo = RATES["vanilla own" if own else kind][config.optimizer]
-    rate *= (64 / config.width) ** 0.5
-    if kind in ("vanilla", "paper"):
-        by_depth = (36 / config.depth) ** 0.5
-        rate *= by_depth
-        ends /= by_depth if kind == "vanilla" else 1                        # paper has one rate for all
-    return dict(learning_rate=rate, ends=ends, qk=qk, vo=vo, balance=0.5 if own else 0.0)
+    carried = look_up(PRESETS, preset, "preset")
+    known = {each.name: each for each in FIELDS}
+    for name, value in flags.items():
+        check(look_up(known, name, "setting"), value)
+    chosen = {**carried, **flags}
+    take = chosen.get
+
+    heads, length = take("heads", 4), take("length", 64)
+    row_scale = take("row_scale", "unit")
+    gamma = take("gamma", gammas_by_length(heads, length, row_scale))
+    gamma = tuple(gamma) if isinstance(gamma, (tuple, list)) else (gamma,)
+    if "alpha" in flags and "beta" not in flags:
+        require(flags["alpha"] < 1,
+                f"alpha must be below 1 when beta is left to it, not {flags['alpha']:g}")
+        chosen["beta"] = sqrt(1 - flags["alpha"]**2)
+    collision_rate = take("token_collision_rate", collision_rate)
+    model = ModelConfig(
+        depth=take("depth", 36),
+        width=take("width", 64),
+        heads=heads,
+        length=length,
+        attn=chosen["attn"],
+        gamma=gamma * heads if len(gamma) == 1 else gamma,
+        rho=take("rho", 0.8),
+        rho_first=take("rho_first", min(collision_rate, 0.999)),
+        act=chosen["act"],
+        transform=chosen["transform"],
+        eta=take("eta", 0.9),
+        zeta=take("zeta", 1.5),
+        tau=take("tau", 0.3),
+        alpha=chosen["alpha"],
+        beta=chosen["beta"],
+        norm=chosen["norm"],
+        position=take("position", "rope"),
+        row_scale=row_scale,
+        identity_skip=take("identity_skip", False),
+        init=chosen["init"],
+        mlp_init=chosen["mlp_init"],
+        head_init=chosen["head_init"],
+        token_collision_rate=collision_rate,
+        dtype=take("dtype", "float32" if backend == "cpu" else "bfloat16"),
+        remat=take("remat", False))
+
+    steps, optimizer = take("steps", 400), chosen["optimizer"]
+    rates = scaled(look_up(carried["rates"], optimizer, "optimizer"), model.width, model.depth,
+                   carried.get("depth_power", 0.0))
+    training = TrainingConfig(
+        steps=steps,
+        batch=take("batch", 16),
+        seed=take("seed", 0),
+        optimizer=optimizer,
+        learning_rate=take("learning_rate", rates.learning_rate),
+        warmup=take("warmup", steps // 20),
+        save_every=take("save_every", max(steps // 5, 1)),
+        lr_mult_embed=take("lr_mult_embed", rates.embed),
+        lr_mult_qk=take("lr_mult_qk", rates.qk),
+        lr_mult_vo=take("lr_mult_vo", rates.vo),
+        weight_decay=take("weight_decay", 0.0),
+        decay_groups=take("decay_groups", "qk,vo,mlp"),
+        orthogonal_pull=take("orthogonal_pull", 0.0),
+        pull_groups=take("pull_groups", "vo,mlp"))
+    data = DataConfig(
+        data=take("data", None),
+        val_data=take("val_data", None),
+        encoding=take("encoding", None))
+    return Settings(preset, flags, model, training, data)

@@ -1,15 +1,27 @@
-"""One way to refuse: one line that says what is wrong and what is allowed. A ValueError; exit status 2 on a command line."""
+"""One way to refuse: one line that says what is wrong and what is allowed.
+
+A ValueError in the library, exit status 2 on the command line.
+"""
 import argparse
 
 
 def require(condition, message):
-    """Raises ValueError(message) unless the condition holds; not-a-number never passes a comparison."""
+    """Raises ValueError(message) unless the condition holds; NaN never passes a comparison."""
     if not condition:
         raise ValueError(message)
 
 
+def look_up(table, name, what):
+    """table[name]; ValueError with the names that it has, for one that it lacks."""
+    require(name in table, f"{what} must be one of {', '.join(table)}, not {name!r}")
+    return table[name]
+
+
 class OutOfReach(ValueError):
-    """A target that no choice of the free parameters attains; `target` names it, `best` is the nearest value within reach."""
+    """A target that no choice of the free parameters attains.
+
+    `target` is its name, `best` the nearest value that is attained.
+    """
 
     def __init__(self, message, target, best):
         super().__init__(message)
@@ -17,7 +29,7 @@ class OutOfReach(ValueError):
 
 
 class Parser(argparse.ArgumentParser):
-    """Its errors are one line."""
+    """An argument parser whose errors are one line."""
 
     def error(self, message):
         line = " ".join(message.split()).encode("utf-8", "backslashreplace").decode()

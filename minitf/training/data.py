@@ -20,7 +20,7 @@ RANK_FILE_BYTES = 2**26                                   # the largest in use h
 PREPARED = 1                                              # the format that data/prepare.py writes
 
 
-# --- Text and encodings ---------------------------------------------------------------------------------------------
+# --- Text and encodings -----------------------------------------------------------------
 
 def find_files(names):
     """Files, folders (all that is in them, hidden files aside) and globs -> list of paths, sorted within each."""
@@ -137,7 +137,7 @@ def encode(texts, encoding):
     return np.concatenate([encoding.encode_to_numpy(text, disallowed_special=()).astype(dtype(encoding)) for text in texts])
 
 
-# --- A corpus -----------------------------------------------------------------------------------------------------------
+# --- A corpus ---------------------------------------------------------------------------
 
 class Corpus(NamedTuple):
     """Tokens to train on and tokens held out, in memory or on disk; how often each of the encoding's is in them, (V,)."""
@@ -227,7 +227,7 @@ def sample_checksum(tokens):
     return hashlib.sha256(b"".join(content[start:start + 4096].tobytes() for start in starts)).hexdigest()
 
 
-# --- Statistics -------------------------------------------------------------------------------------------------------
+# --- Statistics -------------------------------------------------------------------------
 
 def count(tokens, vocabulary):
     """How often each token is there, (V,); never an array of all tokens' size."""
@@ -246,7 +246,7 @@ def unigram_loss(train_counts, held_out_counts):
     return float(-(held_out_counts @ log_p) / held_out_counts.sum())
 
 
-# --- Batches ------------------------------------------------------------------------------------------------------------
+# --- Batches ----------------------------------------------------------------------------
 
 def batch(tokens, length, size, seed, step):
     """The batch of a step, (size, length + 1) of int32: windows in an order drawn anew for each pass over the tokens.

@@ -17,7 +17,7 @@ THRESHOLDS = (f"signal survives where the mean square stays within a factor of {
               f"a ratio of {GRADIENT_RATIO:g} over depth")
 
 
-# --- What is measured ---------------------------------------------------------------------------------------------------
+# --- What is measured -------------------------------------------------------------------
 
 def states(params, constants, tokens, config):
     """tokens (T,) -> X_0, ..., X_L: (L + 1, T, d), the embedding and what each block gives."""
@@ -64,7 +64,7 @@ def predicted(constants, tokens, config):
     return np.array([kernel] + [sigma for _, sigma in blocks])
 
 
-# --- What is said of a kernel -----------------------------------------------------------------------------------------
+# --- What is said of a kernel -----------------------------------------------------------
 
 def mean_square(kernels):
     """(..., T, T) -> (...): over tokens."""
@@ -153,7 +153,7 @@ def table(out):
                                for layer in range(len(out["mean square"]))])
 
 
-# --- The picture ------------------------------------------------------------------------------------------------------
+# --- The picture ------------------------------------------------------------------------
 
 def plot(out, other, config, path):
     """Kernels of the first window at four depths, predicted above measured, beside those of softmax; curves over depth.

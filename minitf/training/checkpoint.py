@@ -43,7 +43,7 @@ class Model(NamedTuple):
     encoding: tiktoken.Encoding
 
 
-# --- Saving ---------------------------------------------------------------------------------------------------------------
+# --- Saving -----------------------------------------------------------------------------
 
 def save(folder, checkpoint):
     """Writes checkpoint-STEP.npz, removes all but the last two; ValueError if anything is not finite, or the disk full."""
@@ -112,7 +112,7 @@ def lock(folder):
         raise ValueError(f"cannot write to {folder}: {error.strerror}") from None
 
 
-# --- Loading ----------------------------------------------------------------------------------------------------------------
+# --- Loading ----------------------------------------------------------------------------
 
 def load_model(place):
     """Model of a run's folder (its newest usable checkpoint) or of one checkpoint's file; ValueError if there is none."""

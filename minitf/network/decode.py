@@ -1,0 +1,97 @@
+"""Decoding: one token after the other, with a cache of the keys and values of those before.
+
+Shapes as in model.py. S new tokens stand at positions start to start + S - 1, S <= T.
+"""
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..errors import require
+from . import model
+
+OPS = model.REFERENCE
+
+
+def empty_cache(config):
+    """{"k", "v"}: keys and values of every block and position, (L, T, H, k), not made yet."""
+    shape = config.depth, config.length, config.heads, config.width // config.heads
+    return {name: jnp.zeros(shape, config.dtype) for name in ("k", "v")}
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def decode(params, constants, cache, tokens, start, config):
+    """tokens (S,) -> (logits (S, V), cache): what `forward` gives at their positions, to rounding.
+
+    The cache must hold all positions before `start`. It gains the new ones; what it holds beyond
+    them is not looked at, so tokens may be padded. The old cache is given up.
+    """
+    x = model.embed(params, tokens, config, start)                                     # (S, d)
+    constants = of_positions(constants, start, len(tokens))
+    layers = *model.layers(params, constants, config), jnp.arange(config.depth)
+    step = lambda carry, layer: (block(*carry, *layer, start, config), None)
+    (x, cache), _ = jax.lax.scan(step, (x, cache), layers)
+    x = OPS.normalise(x, params.get("norm"), config)
+    return model.unembed(params, x).astype(jnp.float32), cache
+
+
+def of_positions(constants, start, count):
+    """Constants whose last axis is positions, for `count` positions; those of B stay whole."""
+    return {name: jax.lax.dynamic_slice_in_dim(table, start, count, table.ndim - 1)
+            if name.endswith("_scale") else table for name, table in constants.items()}
+
+
+def block(x, cache, weights, constants, layer, start, config):
+    """One block for new tokens: (x (S, d), cache) -> the same, after the block.
+
+    The cache is that of all layers, changed in place.
+    """
+    y = OPS.normalise(x, weights.get("norm1"), config)
+    q, k, v = model.split_qkv(model.project_qkv(y, weights, config))                   # (S, H, k)
+    q, k = (model.apply_rope(each, config, start) for each in (q, k))
+    cache = {name: jax.lax.dynamic_update_slice(cache[name], new[None], (layer, start, 0, 0))
+             for name, new in (("k", k), ("v", v))}
+    keys, values = cache["k"][layer], cache["v"][layer]                                # (T, H, k)
+    attended = model.softmax_attention(q, keys, values, constants, config, start)
+    branch = model.output_projection(v, attended, weights, config)
+    x = model.add_residual(x, branch, constants.get("skip_scale"), config)
+    return model.mlp_sublayer(x, weights, config, OPS), cache
+
+
+@partial(jax.jit, static_argnames="top_k")
+def draw(key, step, logits, temperature, top_k=None):
+    """A token from logits (V,), among the top_k likeliest; the likeliest at temperature 0."""
+    if top_k is not None:
+        least = jax.lax.top_k(logits, min(top_k, len(logits)))[0][-1]
+        logits = jnp.where(logits >= least, logits, -jnp.inf)
+    scaled = logits / jnp.where(temperature > 0, temperature, 1.0)
+    drawn = jax.random.categorical(jax.random.fold_in(key, step), scaled)
+    return jnp.where(temperature > 0, drawn, jnp.argmax(logits))
+
+
+def sample(params, constants, tokens, count, config, seed=0, temperature=1.0, top_k=None,
+           known=True):
+    """Yields `count` tokens drawn after the given ones (a list, not empty).
+
+    known: which tokens may be drawn, (V,) of bool. No position beyond the training length is
+    used: neither learned positions nor what attention has learned is known there. A context that
+    fills it is cut to its last half and encoded anew, one forward pass in T / 2 tokens.
+    """
+    require(len(tokens), "sampling needs a token to begin with: the prompt must not be empty")
+    key, context, cache = jax.random.key(seed), list(tokens), None
+    for step in range(count):
+        if cache is None or len(context) == config.length:
+            full = len(context) >= config.length
+            context = context[-(config.length // 2):] if full else context
+            padded = np.zeros(config.length, np.int32)
+            padded[:len(context)] = context
+            logits, cache = decode(params, constants, empty_cache(config), padded, 0, config)
+            logits = logits[len(context) - 1]
+        else:
+            last = np.array(context[-1:], np.int32)
+            logits, cache = decode(params, constants, cache, last, len(context) - 1, config)
+            logits = logits[0]
+        logits = jnp.where(known, logits, -jnp.inf)
+        context.append(int(draw(key, step, logits, temperature, top_k)))
+        yield context[-1]

@@ -1,0 +1,173 @@
+"""The same operations as in model.py, fast. `operations` chooses; the tests hold both equal.
+
+On a GPU, in bfloat16: attention by kernels that make no T x T array, and the blocks as a straight
+program. Everywhere: gradients written out that keep less for the backward pass.
+"""
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..theory.activations import SLOPES
+from ..theory.families import FAMILIES
+from . import flash, model
+
+STRAIGHT_BLOCKS = 48        # at most so many blocks are a straight program on a GPU, not a loop
+OUR_PLAIN_LENGTH = 512      # up to so many tokens our kernel beats cuDNN's at plain attention
+
+
+def operations(config, backend=None):
+    """The fastest Operations for a ModelConfig on a backend, by default the one in use."""
+    fused = fuses_attention(config, backend or jax.default_backend())
+    straight = fused and config.depth <= STRAIGHT_BLOCKS and not config.remat
+    keep = () if config.remat else ("attended",)
+    return model.Operations(
+        attend=attend_fused if fused else model.attend,
+        activate=activate,
+        normalise=normalise,
+        repeat=repeat_straight if straight else partial(repeat_checkpointed, keep=keep),
+        cross_entropy=cross_entropy)
+
+
+def fuses_attention(config, backend):
+    """Whether attention is left to kernels that make no T x T logits: bfloat16 on a GPU."""
+    features, ours = config.width // config.heads, flash.triton and config.attn == "espa"
+    # cuDNN's limits, with a bias.
+    able = features % 8 == 0 and features <= 128 and (ours or config.length % 2 == 0)
+    return backend == "gpu" and config.dtype == "bfloat16" and able
+
+
+# --- Blocks -----------------------------------------------------------------------------
+
+
+def repeat_straight(step, x, layers):
+    """One program, block after block. A loop would stack what the backward pass is to have."""
+    depth = len(jax.tree.leaves(layers)[0])
+    step = lambda x, layer, step=step: (step(x, layer), None)
+    return jax.lax.scan(step, x, layers, unroll=depth)[0]
+
+
+def repeat_checkpointed(step, x, layers, keep):
+    """A loop that keeps x and what is named in `keep`, and makes the rest again.
+
+    A CPU's caches then hold what it works on; compilation takes no longer for more blocks.
+    """
+    policy = jax.checkpoint_policies.save_only_these_names(*keep)
+    return model.repeat(jax.checkpoint(step, policy=policy), x, layers)
+
+
+# --- Attention --------------------------------------------------------------------------
+
+
+def attend_fused(qkv, constants, config):
+    """model.attend by our kernel where it can, else by cuDNN's flash attention."""
+    length, plain = qkv.shape[1], not constants
+    if flash.triton and (config.attn == "espa" or plain and length <= OUR_PLAIN_LENGTH):
+        return attend_flash(qkv, constants, config)
+    q, k, v = model.split_qkv(qkv)
+    q, k = model.apply_rope(q, config), model.apply_rope(k, config)
+    bias = None
+    if not plain:                                      # rounded to bfloat16, as all the rest
+        position = np.arange(length)
+        bias = FAMILIES[config.attn].bias_rows(constants, position[:, None], position)
+        bias = jnp.tril(bias).astype(v.dtype)[None]
+    out = jax.nn.dot_product_attention(q, k, v, bias, is_causal=True, implementation="cudnn")
+    return model.scale_rows(out, constants)
+
+
+def attend_flash(qkv, constants, config, interpret=False):
+    """model.attend by flash.py: E-SPA, or without constants plain causal attention."""
+    names, heads = ("slope", "first_key_bias", "self_bias"), (config.heads,)
+    bias = jnp.stack([constants.get(name, jnp.zeros(heads)) for name in names], -1)    # (H, 3)
+    row_scale = constants.get("row_scale", jnp.ones((*heads, qkv.shape[1])))
+    return flash.attend(rotate_stacked(qkv, config), bias, row_scale, interpret)
+
+
+def rotate_stacked(qkv, config):
+    """apply_rope of queries and keys (B, T, 3, H, k) in one pass: values turn by no angle."""
+    if config.position != "rope":
+        return qkv
+    of_each = np.array([1.0, 1.0, 0.0])[:, None, None]                                 # q, k, v
+    return model.rotate(qkv, model.rope_angles(config)[:, None, None] * of_each)
+
+
+# --- Activations and norms --------------------------------------------------------------
+
+
+def activate(x, phi):
+    """phi^(x). The backward pass keeps the output of a leaky ReLU, and of others their input."""
+    if phi.name not in SLOPES:
+        return jax.checkpoint(model.activate, static_argnums=1)(x, phi)
+    y = leaky_relu(phi.output_scale * x, phi.slope)
+    return y + phi.output_scale * phi.output_shift if phi.output_shift else y
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def leaky_relu(x, slope):
+    """max(x, slope x) for 0 <= slope <= 1. The output's sign is all that its gradient needs."""
+    return jnp.maximum(x, slope * x if slope else 0)
+
+
+leaky_relu.defvjp(
+    lambda x, slope: (leaky_relu(x, slope),) * 2,
+    lambda slope, y, gradient: (jnp.where(y > 0, gradient, slope * gradient),))
+
+
+def normalise(x, gain, config):
+    """model.normalise; all that the backward pass keeps is x."""
+    return x if config.norm == "none" else normalised(x, gain, config.norm == "layer")
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def normalised(x, gain, centred):
+    """Layer norm, or RMS norm without centring."""
+    return (model.standardise(x, centred)[0] * gain).astype(x.dtype)
+
+
+def normalised_backward(centred, saved, g):
+    (x, gain), g = saved, g.astype(jnp.float32)
+    y, scale = model.standardise(x, centred)
+    inner = g * gain
+    inner = inner - y * (inner * y).mean(-1, keepdims=True)
+    inner = inner - (g * gain).mean(-1, keepdims=True) if centred else inner
+    d_gain = (g * y).reshape(-1, len(gain)).sum(0)
+    return (scale * inner).astype(x.dtype), d_gain.astype(gain.dtype)
+
+
+normalised.defvjp(lambda x, gain, centred: (normalised(x, gain, centred), (x, gain)),
+                  normalised_backward)
+
+# --- Cross-entropy ----------------------------------------------------------------------
+
+LARGEST = 70.0              # the sum of a million exp(70) is finite in float32
+
+
+@jax.custom_vjp
+def cross_entropy(x, head, targets):
+    """-log softmax(x head)[target], x (N, d), head (d, V), targets (N,) -> (N,), in float32.
+
+    The logits are the largest array in training, so they are read once: each loss is the log of a
+    sum of exp(logit - the target's). A logit LARGEST or more above the target's counts as LARGEST.
+    """
+    return cross_entropy_forward(x, head, targets)[0]
+
+
+def cross_entropy_forward(x, head, targets):
+    logits, rows = x @ head, jnp.arange(len(x))
+    above = logits.astype(jnp.float32) - logits[rows, targets][:, None].astype(jnp.float32)
+    weights = jnp.exp(jnp.minimum(above, LARGEST))               # (N, V); the targets' are 1
+    total = weights.sum(-1)
+    # total (softmax - one-hot), in the logits' place
+    error = weights.astype(x.dtype).at[rows, targets].set((1 - total).astype(x.dtype))
+    return jnp.log(total), (x, head, targets, error, total)
+
+
+def cross_entropy_backward(saved, gradient):
+    x, head, targets, error, total = saved
+    scale = (gradient / total)[:, None]
+    d_x, d_head = scale * (error @ head.T), (scale * x).astype(x.dtype).T @ error
+    return d_x.astype(x.dtype), d_head, None
+
+
+cross_entropy.defvjp(cross_entropy_forward, cross_entropy_backward)

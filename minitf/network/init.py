@@ -1,0 +1,96 @@
+"""Initialisation: the parameters of a network, float32; those of the blocks are stacked, (L, ...).
+
+To add an initialisation of the MLPs, add a function to MLP_INITS.
+"""
+import jax
+import jax.numpy as jnp
+
+from ..theory.families import FAMILIES
+from ..theory.kernels import network_activation
+
+KEYS = ("query", "up", "down", "key", "value", "output", "head", "embed", "position")
+
+
+def init(key, config, vocabulary):
+    """The parameters of a ModelConfig for so many tokens: a nested dict of arrays."""
+    d, depth, keys = config.width, config.depth, dict(zip(KEYS, jax.random.split(key, len(KEYS))))
+    # Unweighted skips add up 2 L branches: GPT-2 (Radford et al. 2019) starts each at 1/sqrt(2 L).
+    branch = (2 * depth)**-0.5 if config.alpha == config.beta == 1 else 1.0
+    matrices, family = MATRIX_INITS[config.init], FAMILIES[config.attn]
+    query = gaussian_matrices(keys["query"], depth, d, d)
+    blocks = {
+        "query": query if family.random_queries else jnp.zeros_like(query),      # W^Q = 0
+        "key": gaussian_matrices(keys["key"], depth, d, d),
+        "value": matrices(keys["value"], depth, d, d),
+        "output": branch * matrices(keys["output"], depth, d, d),
+    }
+    blocks["up"], blocks["down"] = MLP_INITS[config.mlp_init](
+        keys["up"], keys["down"], depth, d, network_activation(config), branch)
+    if config.identity_skip:                                                     # W^V W^O = I
+        blocks["output"] = jnp.swapaxes(blocks["value"], 1, 2)
+    for name, start in family.parameters.items():
+        blocks[name] = jnp.full((depth, config.heads), start)
+    # Without norms the last layer's tokens are alike, and a random head gives all the same wrong
+    # logits, to be unlearned first. With a final norm the customary random one learns faster.
+    head = jax.random.normal(keys["head"], (d, vocabulary)) * d**-0.5
+    params = {
+        "embed": jax.random.normal(keys["embed"], (vocabulary, d)),
+        "blocks": blocks,
+        "head": head if config.head_init == "gaussian" else jnp.zeros_like(head),
+    }
+    if config.norm != "none":
+        blocks["norm1"], blocks["norm2"] = jnp.ones((depth, d)), jnp.ones((depth, d))
+        params["norm"] = jnp.ones(d)
+    if config.position == "learned":
+        params["position"] = jax.random.normal(keys["position"], (config.length, d))
+    return params
+
+
+def gaussian_matrices(key, depth, fan_in, fan_out):
+    """(L, in, out), entries N(0, 1/in)."""
+    return jax.random.normal(key, (depth, fan_in, fan_out)) * fan_in**-0.5
+
+
+def orthogonal_stack(key, depth, fan_in, fan_out):
+    """(L, in, out) of orthonormal rows or columns, whichever are fewer."""
+    # One after the other: QR decompositions side by side can wait for each other on a small CPU.
+    one = lambda key: jax.nn.initializers.orthogonal()(key, (fan_in, fan_out))
+    return jax.lax.map(one, jax.random.split(key, depth))
+
+
+def orthogonal_matrices(key, depth, fan_in, fan_out):
+    """(L, in, out): orthonormal, times max(sqrt(out / in), 1), which keeps mean squares."""
+    return max((fan_out / fan_in)**0.5, 1) * orthogonal_stack(key, depth, fan_in, fan_out)
+
+
+MATRIX_INITS = {"orthogonal": orthogonal_matrices, "gaussian": gaussian_matrices}
+
+# --- MLPs: (key of up, key of down, depth, d, phi^, scale) -> up (L, d, 4d), down (L, 4d, d) 
+
+
+def orthogonal_mlp(key_up, key_down, depth, d, phi, scale):
+    """The paper's: two orthogonal matrices, drawn independently."""
+    return (orthogonal_matrices(key_up, depth, d, 4 * d),
+            scale * orthogonal_matrices(key_down, depth, 4 * d, d))
+
+
+def gaussian_mlp(key_up, key_down, depth, d, phi, scale):
+    """The standard transformer's."""
+    return (gaussian_matrices(key_up, depth, d, 4 * d),
+            scale * gaussian_matrices(key_down, depth, 4 * d, d))
+
+
+def looks_linear_mlp(key_up, key_down, depth, d, phi, scale):
+    """A rotation at the start, x -> scale x R (Balduzzi et al. 2017, arXiv 1702.08591).
+
+    Half of the hidden units see the negative of what the others see, and what they say is
+    subtracted: phi(z) - phi(-z) = m z. Kernels are then kept exactly, at any width.
+    """
+    u, r = orthogonal_stack(key_up, depth, d, 2 * d), orthogonal_stack(key_down, depth, d, d)
+    up = jnp.sqrt(2.0) * u
+    down = scale / (2**0.5 * phi.odd_slope()) * jnp.swapaxes(u, 1, 2) @ r
+    return jnp.concatenate([up, -up], 2), jnp.concatenate([down, -down], 1)
+
+
+MLP_INITS = {"looks_linear": looks_linear_mlp, "orthogonal": orthogonal_mlp,
+             "gaussian": gaussian_mlp}

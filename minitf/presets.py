@@ -1,0 +1,92 @@
+"""Presets: whole networks by name, each with the learning rates that were tuned for it.
+
+A flag given beside a preset changes that one thing. A rule that depends on sizes (gamma by length,
+rates by width and depth) is a function below.
+"""
+from math import sqrt
+from typing import NamedTuple
+
+
+class Rates(NamedTuple):
+    """Tuned at 36 blocks of width 64; `scaled` carries them to other sizes."""
+    learning_rate: float
+    embed: float                           # times it: embeddings, positions, final gain, head
+    qk: float                              # times it: queries and keys
+    vo: float                              # times it: values and outputs
+
+
+PRESETS = {
+    # The paper's architecture, with other constants, initialisation and optimisation: the default.
+    "isometric": dict(
+        attn="espa", alpha=0.0, beta=1.0, norm="none", act="relu", transform="none",
+        init="orthogonal", mlp_init="looks_linear", head_init="zero",
+        optimizer="muon", orthogonal_pull=0.2, pull_groups="vo,mlp",
+        weight_decay=0.1, decay_groups="qk",
+        rates=dict(muon=Rates(6e-4, 64.0, 16.0, 0.5), adamw=Rates(1.5e-4, 256.0, 16.0, 0.5)),
+        depth_power=0.5),
+    # He et al. (ICLR 2023). Their positions, head, schedule, batch and width are not known to us,
+    # nor is the ratio of rates: 16 for embeddings and head is the best of a few that we tried.
+    "paper": dict(
+        attn="espa", gamma=0.005, row_scale="row-sum",
+        alpha=0.0, beta=1.0, norm="none", act="leaky_relu", transform="tat",
+        init="orthogonal", mlp_init="orthogonal", head_init="zero",
+        optimizer="adamw",
+        rates=dict(muon=Rates(1e-3, 1.0, 1.0, 1.0), adamw=Rates(2e-4, 16.0, 1.0, 1.0)),
+        depth_power=0.5),
+    # No norms, weighted skips (section 5 of the paper): alpha^2 + beta^2 = 1.
+    "normless": dict(
+        attn="espa", alpha=0.98, beta=sqrt(1 - 0.98**2), norm="none", act="relu", transform="none",
+        init="orthogonal", mlp_init="orthogonal", head_init="zero",
+        optimizer="muon", weight_decay=0.1, decay_groups="qk,vo,mlp",
+        rates=dict(muon=Rates(2e-3, 32.0, 4.0, 0.5), adamw=Rates(2e-3, 64.0, 4.0, 0.5))),
+    # Isometric, but what E-SPA's softmax keeps of the own token goes past it: a skip.
+    "identity-skip": dict(
+        attn="espa", identity_skip=True, alpha=0.0, beta=1.0, norm="none", act="relu",
+        transform="none", init="orthogonal", mlp_init="looks_linear", head_init="zero",
+        optimizer="muon", orthogonal_pull=0.2, pull_groups="mlp",
+        weight_decay=0.1, decay_groups="qk,vo",
+        rates=dict(muon=Rates(3e-4, 270.0, 16.0, 11.0), adamw=Rates(2e-4, 512.0, 18.0, 12.0)),
+        depth_power=0.5),
+    # The standard transformer: skips, layer norm, GELU.
+    "preln": dict(
+        attn="softmax", alpha=1.0, beta=1.0, norm="layer", act="gelu", transform="none",
+        init="gaussian", mlp_init="gaussian", head_init="gaussian",
+        optimizer="adamw", weight_decay=0.1, decay_groups="qk,vo,mlp",
+        rates=dict(muon=Rates(8e-3, 16.0, 1.0, 2.0), adamw=Rates(2e-3, 48.0, 1.0, 1.0))),
+}
+
+
+def scaled(rates, width, depth, power):
+    """Rates for another width, and another depth where `power` is above 0.
+
+    An update of one size an entry has a spectral norm that grows as sqrt(width), so the rate falls
+    with it. Without skips the relative changes of all blocks add up in their product, so there
+    blocks' rates fall as the root of the depth (measured from 6 to 72 blocks). Embeddings and
+    head stand once in the network: their own rate stays, unless there is one rate for all.
+    """
+    by_depth = (36 / depth) ** power
+    embed = rates.embed if rates.embed == 1 else rates.embed / by_depth
+    return rates._replace(learning_rate=rates.learning_rate * (64 / width) ** 0.5 * by_depth,
+                          embed=embed)
+
+
+def gammas_by_length(heads, length, row_scale):
+    """gamma_L of each head: 25.6 / T, at most 0.8, which keeps about gamma T directions of T.
+
+    From 256 to 1,024 tokens a quarter of the heads has a fifth of that and so looks further back,
+    if D keeps mean squares at 1.
+    """
+    near = min(0.8, 25.6 / length)
+    far = heads // 4 if row_scale == "unit" and 256 <= length <= 1024 else 0
+    return (near,) * (heads - far) + (near / 5,) * far
+
+
+def untuned(preset, flags):
+    """A note where a preset's rates were tuned for something else than these flags; else None."""
+    shapes = ("attn", "act", "transform", "alpha", "beta", "norm", "init", "mlp_init", "position")
+    others = [f"{name} {flags[name]}" for name in shapes
+              if name in flags and flags[name] != PRESETS[preset].get(name, "rope")]
+    if not others or "learning_rate" in flags:
+        return None
+    return (f"note: the learning rates of preset {preset} were not tuned with "
+            f"{', '.join(others)}; --learning-rate and the --lr-mult-... flags set others")

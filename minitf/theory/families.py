@@ -1,0 +1,116 @@
+"""Attention families, one entry each in FAMILIES: what makes one attention differ from another.
+
+To add one, add an entry: `prescribed` makes all of it from a kernel and a schedule alone. The
+formulas are written for NumPy and JAX alike. L = depth, H = heads, T = length; `config` is a
+ModelConfig, of which an entry reads depth, length and the family's own parameter.
+"""
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cache
+from math import ceil, inf
+from typing import Callable
+
+import numpy as np
+
+from . import spa
+
+
+@dataclass(frozen=True)
+class Family:
+    """softmax(Q K^T / sqrt(d_k) + B) under a causal mask, times D, and what is made of it.
+
+    bias: config -> {name: (L, H, ...)}, the constants that B is made of; 1 for H: for all heads.
+    bias_rows: (those of one layer, queries (S, 1), keys (T,)) -> B (H, S, T), both positions.
+    row_sums: config -> D of the paper, (L, H, T); None: there is no D.
+    kernel_maps: config -> for each layer the map of Sigma to the mean over heads of
+        A Sigma A^T, at initialisation; None: A depends on the input.
+    by_head: (config, f) -> f(parameter before, after) of each layer and head, (L, H, ...).
+    memory: config -> after how many positions D no longer changes.
+    parameters: {name: value at the start}, trained, one for each layer and head.
+    mix: (a layer's parameters, values, attended), both (..., H, k) -> what the heads give.
+    random_queries: whether W^Q is random at the start, instead of 0.
+    """
+    bias: Callable = lambda config: {}
+    bias_rows: Callable = lambda constants, queries, keys: 0.0
+    row_sums: Callable | None = None
+    kernel_maps: Callable | None = None
+    by_head: Callable | None = None
+    memory: Callable = lambda config: inf
+    parameters: dict = field(default_factory=dict)
+    mix: Callable = lambda weights, values, attended: attended
+    random_queries: bool = False
+
+
+def prescribed(schedules, kernel, log_attention=None, matvec=None, bias=None, bias_names=("bias",),
+               bias_rows=lambda constants, queries, keys: constants["bias"][:, queries[:, 0]],
+               memory=lambda config: inf):
+    """A family whose kernels are prescribed. Kernel and schedules suffice: A = L_out L_in^-1.
+
+    schedules: config -> the kernel's parameter by depth, (L + 1,), of each head, or one for all.
+    kernel: (parameter, length) -> Sigma (T, T).
+    What makes the same, but fast: log_attention (before, after, length) -> log A (T, T); matvec
+    (before, after, x (T, n)) -> A x; bias (before, after) -> one number for each of bias_names,
+    with the bias_rows that they make. For memory see Family.
+    """
+    log_attention = log_attention or (lambda before, after, length: spa.log_cholesky_attention(
+        kernel(before, length), kernel(after, length)))
+    matvec = matvec or (lambda before, after, x: np.exp(log_attention(before, after, len(x))) @ x)
+
+    def pairs(config):
+        """For each layer, each head's parameter before and after it."""
+        return list(zip(*(zip(values, values[1:]) for values in schedules(config))))
+
+    def by_head(config, make):
+        make = cache(make)                             # heads that are alike: computed once
+        return np.array([[make(*pair) for pair in heads] for heads in pairs(config)])
+
+    def kernel_maps(config):
+        def kernel_map(heads, sigma):
+            images = ((count, matvec(*pair, matvec(*pair, sigma).T))
+                      for pair, count in Counter(heads).items())
+            return sum(count * image for count, image in images) / len(heads)
+        return [lambda sigma, heads=heads: kernel_map(heads, sigma) for heads in pairs(config)]
+
+    def row_sums(config):
+        ones = np.ones((config.length, 1))
+        return by_head(config, lambda *pair: matvec(*pair, ones)[:, 0])
+
+    def stacked_bias(config):
+        def dense(*pair):
+            return [spa.row_scale_and_bias(log_attention(*pair, config.length))[1]]
+        return dict(zip(bias_names, np.moveaxis(by_head(config, bias or dense), 2, 0)))
+
+    return Family(stacked_bias, bias_rows, row_sums, kernel_maps, by_head, memory)
+
+
+FAMILIES = {
+    "softmax": Family(random_queries=True),
+    # Value-SkipInit: A <- alpha I + beta A(X).
+    "vskip": Family(
+        kernel_maps=lambda config: [lambda sigma: sigma] * config.depth,
+        parameters={"vskip_alpha": 1.0, "vskip_beta": 0.0},
+        mix=lambda weights, values, attended: (weights["vskip_alpha"][:, None] * values
+                                               + weights["vskip_beta"][:, None] * attended)),
+    "uspa": prescribed(
+        lambda config: [spa.uniform_schedule(config.rho, config.depth, config.rho_first)],
+        spa.uniform_kernel,
+        spa.uniform_log_attention),
+    "espa": prescribed(
+        lambda config: [spa.exponential_schedule(gamma, config.depth) for gamma in config.gamma],
+        spa.exponential_kernel,
+        spa.exponential_log_attention,
+        spa.espa_matvec,
+        spa.espa_bias,
+        ("slope", "first_key_bias", "self_bias"),
+        lambda constants, queries, keys: (
+            -constants["slope"][:, None, None] * (queries - keys)
+            + constants["first_key_bias"][:, None, None] * (keys == 0)
+            + constants["self_bias"][:, None, None] * (queries == keys)),
+        lambda config: ceil(16 / min(config.gamma))),  # exp(-16): to 1e-7
+}
+
+
+def identity_parts(config):
+    """c, (L,), of E-SPA's A = c I + P: the least over a layer's heads; lambda, (L, H)."""
+    c, diagonal = np.moveaxis(FAMILIES["espa"].by_head(config, spa.espa_identity_part), -1, 0)
+    return c.min(1), diagonal

@@ -1,0 +1,123 @@
+"""The kernels of a whole network at initialisation, one recursion over depth. float64 NumPy.
+
+Section 3 of the paper keeps kernels exactly in a stack of attention alone, from Sigma_0 = I. In a
+network tokens repeat and every MLP adds correlation. What is common to the tokens grows along the
+sequence, since the rows of A sum to more than 1. The recursion follows that. It serves twice: to
+choose D so that every position keeps mean square 1 (row_scale "unit"), and to predict kernels.
+`config` is a ModelConfig. L = depth, H = heads, T = length.
+"""
+import numpy as np
+
+from ..errors import require
+from . import activations, spa
+from .families import FAMILIES, identity_parts
+
+EXACT_LENGTH = 1024        # positions over which the recursion, O(T^2) or more a layer, is run
+
+
+def kernel_recursion(kernel_maps, kernel, correlation_map, alpha=0.0, beta=1.0, norm=False, n=None):
+    """Yields (n_l, Sigma_l), shapes (T,) and (T, T), for each block l:
+
+        K = mean over heads of A_l Sigma A_l^T,   K <- K / (n n^T),
+        Sigma^ = alpha^2 Sigma + beta^2 K,   Sigma' = alpha^2 Sigma^ + beta^2 C(Sigma^).
+
+    Args:
+      kernel_maps: of each block, Sigma -> K.
+      kernel: Sigma_0.
+      correlation_map: C of the MLPs, on correlations.
+      alpha, beta: the weights of skip and branch.
+      norm: whether a normalisation stands before each branch.
+      n: what D = rowsum(A) / n divides by, (L, T); None: sqrt(diag K), which keeps a mean square
+        of 1. Where it is not kept, Sigma is exact for positively homogeneous activations.
+    """
+    for layer, kernel_map in enumerate(kernel_maps):
+        attended = kernel_map(correlation(kernel) if norm else kernel)
+        scale = np.sqrt(np.diag(attended)) if n is None else n[layer]
+        kernel = alpha**2 * kernel + beta**2 * attended / np.outer(scale, scale)
+        root = np.sqrt(np.diag(kernel))
+        size = 1.0 if norm else np.outer(root, root)
+        kernel = alpha**2 * kernel + beta**2 * size * correlation_map(correlation(kernel))
+        yield scale, kernel
+
+
+def correlation(kernel):
+    """The cosines between the tokens of a kernel, (T, T)."""
+    root = np.sqrt(np.diag(kernel))
+    return np.clip(kernel / np.outer(root, root), -1.0, 1.0)
+
+
+def network_activation(config):
+    """The Activation of a network's MLPs, solved for depth and skips; OutOfReach if there is none.
+
+    With a norm before it and nothing to solve for, it is left as it is, not scaled.
+    """
+    if config.norm != "none" and config.transform == "none":
+        return activations.plain(config.act)
+    return activations.solve(config.act, config.transform, config.depth, config.alpha, config.beta,
+                             config.eta, config.zeta, config.tau)
+
+
+def input_kernel(config, length, equal=None):
+    """E Sigma_0, (T, T). Tokens are equal by config.token_collision_rate, or as `equal`, (T, T).
+
+    Learned positions, independent at the start, are half of what the first block is given.
+    """
+    tokens = spa.uniform_kernel(config.token_collision_rate, length) if equal is None else equal
+    return (tokens + np.eye(length)) / 2 if config.position == "learned" else tokens + 0.0
+
+
+def predict_kernels(config, kernel, n=None):
+    """[(n, Sigma)] after each block from Sigma_0 = kernel; [] where A depends on the input.
+
+    n: as in kernel_recursion; ones, (L, T), for row_scale "row-sum".
+    """
+    kernel_maps = FAMILIES[config.attn].kernel_maps
+    if kernel_maps is None:
+        return []
+    if n is None and config.row_scale == "row-sum":
+        n = np.ones((config.depth, len(kernel)))
+    linear = config.mlp_init == "looks_linear"
+    correlation_map = (lambda c: c) if linear else network_activation(config).correlation_map
+    return list(kernel_recursion(kernel_maps(config), kernel, correlation_map, config.alpha,
+                                 config.beta, config.norm != "none", n))
+
+
+def position_scale(config):
+    """n of D = rowsum(A) / n for each block and position, (L, T), from the expected kernel.
+
+    It is computed for the first positions, as many as attention looks back and at most
+    EXACT_LENGTH. From there on it is level, to a percent of D or so over the depth.
+    """
+    if config.row_scale == "row-sum":
+        return np.ones((config.depth, config.length))
+    family = FAMILIES[config.attn]
+    require(len(set(config.gamma)) == 1 or config.length <= EXACT_LENGTH,
+            f"gamma must be the same for all heads beyond {EXACT_LENGTH} tokens with row-scale unit")
+    exact = min(config.length, EXACT_LENGTH, family.memory(config))
+    n = np.array([n for n, _ in predict_kernels(config, input_kernel(config, exact))])
+    return np.pad(n, ((0, 0), (0, config.length - exact)), mode="edge")
+
+
+def attention_constants(config):
+    """The constants of attention, {name: float32 array}; {} for families that have none.
+
+    "row_scale": D, (L, H, T). What B is made of: for E-SPA "slope", "first_key_bias" and
+    "self_bias", (L, H); else "bias", (L, H, T, T). 1 for H: the same for all heads. With
+    config.identity_skip also "skip_scale": c / n of A = c I + P, (L, T); D and B are then of P,
+    or of what A has beyond c I where heads differ. ValueError unless all of D is finite.
+    """
+    family = FAMILIES[config.attn]
+    if family.row_sums is None:
+        return {}
+    constants, row_scale = family.bias(config), family.row_sums(config)
+    n = position_scale(config)
+    if config.identity_skip:
+        c, diagonal = identity_parts(config)
+        constants["self_bias"] = constants["self_bias"] + np.log1p(-c[:, None] / diagonal)
+        constants["skip_scale"] = c[:, None] / n
+        row_scale = row_scale - c[:, None, None]
+    constants["row_scale"] = row_scale / n[:, None]
+    require(np.isfinite(constants["row_scale"]).all(),
+            f"attn {config.attn} has no finite constants with these parameters: less extreme "
+            "gamma or rho are needed")
+    return {name: np.asarray(table, np.float32) for name, table in constants.items()}

@@ -1,0 +1,132 @@
+"""The optimizer, a chain of optax transformations, and its learning rates by group.
+
+To add a group, name its parameters in GROUPS and give its multiple in `group_rates`.
+"""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from optax.contrib import MuonDimensionNumbers, muon
+
+from ..theory.families import identity_parts
+
+# The learning-rate group that a parameter is in. Those not named, gains and families' own
+# parameters, learn at the plain learning rate.
+GROUPS = {
+    "embed": "embed", "position": "embed", "norm": "embed", "head": "embed",
+    "query": "qk", "key": "qk",
+    "value": "vo", "output": "vo",
+    "up": "mlp", "down": "mlp",
+}
+MATRIX_GROUPS = "qk", "vo", "mlp"
+
+
+def make_optimizer(name):
+    """Clipping at norm 1, then Muon or AdamW, rates and decay by group, and a pull.
+
+    update() is also given rates, those of `group_rates`, and learning_rate, that of the step.
+    """
+    return optax.chain(optax.clip_by_global_norm(1.0), OPTIMIZERS[name](), decay_by_group(),
+                       scale_by_group(), pull_to_orthogonal())
+
+
+def group_rates(training, model):
+    """What is tuned, as a pytree of numbers, so that trials need no new compilation.
+
+    {"learning_rate", "weight_decay", "orthogonal_pull": {group: number or (L, 1, 1)}}. The first
+    multiplies the step's learning rate; a group that is missing in the others has none.
+    """
+    qk = vo = 1.0
+    if model.identity_skip:
+        # Of its mean square a token keeps c^2 there. The rest is all of it in the first block and
+        # little in the last: heads of all blocks may change it by more equal parts.
+        qk = vo = np.float32(1 - identity_parts(model)[0]**2)[:, None, None] ** -0.5
+    listed = lambda groups, value: {group: np.float32(value) for group in groups.split(",")
+                                    if group and value > 0}
+    return {"learning_rate": {"embed": np.float32(training.lr_mult_embed),
+                              "qk": np.float32(training.lr_mult_qk * qk),
+                              "vo": np.float32(training.lr_mult_vo * vo)},
+            "weight_decay": listed(training.decay_groups, training.weight_decay),
+            "orthogonal_pull": listed(training.pull_groups, training.orthogonal_pull)}
+
+
+def learning_rate(training, step):
+    """Of a step: linear warm-up, then a cosine that ends at zero with the last step."""
+    if step < training.warmup:
+        return np.float32(training.learning_rate * step / training.warmup)
+    share = (step - training.warmup) / (training.steps - training.warmup)
+    return np.float32(training.learning_rate * 0.5 * (1 + np.cos(np.pi * share)))
+
+
+# --- The transformations ----------------------------------------------------------------
+
+
+def muon_for_matrices():
+    """Muon (Jordan et al. 2024) for the blocks' matrices, Adam for the rest, at a rate of 1.
+
+    consistent_rms (Liu et al. 2025, arXiv 2502.16982) gives Muon's updates the size of Adam's, so
+    that one learning rate serves both.
+    """
+    stacked = MuonDimensionNumbers(reduction_axis=1, output_axis=2)       # (L, in, out), by layer
+    dimensions = lambda params: by_name(
+        lambda name, w: stacked if GROUPS.get(name) in MATRIX_GROUPS else None, params)
+    return muon(1.0, adam_b2=0.95, consistent_rms=0.2, muon_weight_dimension_numbers=dimensions)
+
+
+def adam():
+    """Adam at a rate of 1."""
+    return optax.adam(1.0, b2=0.95)
+
+
+OPTIMIZERS = {"muon": muon_for_matrices, "adamw": adam}
+
+
+def decay_by_group():
+    """Decoupled weight decay of the groups that have one."""
+    def update(group, u, w, rates, learning_rate):
+        return u - rates["weight_decay"][group] * w if group in rates["weight_decay"] else u
+    return for_each_parameter(update)
+
+
+def scale_by_group():
+    """Each group's own learning rate."""
+    def update(group, u, w, rates, learning_rate):
+        return u * (learning_rate * rates["learning_rate"].get(group, 1.0))
+    return for_each_parameter(update)
+
+
+def pull_to_orthogonal():
+    """A share of the way back to orthogonal matrices, for the groups that are pulled.
+
+    Training spreads their singular values, and a network without skips multiplies the spreads.
+    """
+    def update(group, u, w, rates, learning_rate):
+        pull = rates["orthogonal_pull"].get(group)
+        return u if pull is None else u + pull * newton_schulz_pull(w)
+    return for_each_parameter(update)
+
+
+def newton_schulz_pull(w):
+    """From matrices (L, in, out) nearly c Q, Q orthogonal, to it: (1 - W W^T / c^2) W / 2.
+
+    A Newton-Schulz step; c^2 is the mean of the squared singular values.
+    """
+    tall = w.shape[1] > w.shape[2]
+    gram = jnp.einsum("lij,lik->ljk" if tall else "lji,lki->ljk", w, w)
+    size = gram.shape[-1] / jnp.trace(gram, axis1=1, axis2=2)
+    off = jnp.eye(gram.shape[-1]) - gram * size[:, None, None]
+    return (w @ off if tall else off @ w) / 2
+
+
+def for_each_parameter(update):
+    """A stateless transformation: update(group, its update, parameter, rates, learning_rate)."""
+    def update_all(updates, state, params, **rates):
+        return by_name(lambda name, u, w: update(GROUPS.get(name), u, w, **rates),
+                       updates, params), state
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update_all)
+
+
+def by_name(function, tree, *others):
+    """function(a parameter's name, leaf, ...) for each leaf."""
+    return jax.tree_util.tree_map_with_path(lambda path, *leaves: function(path[-1].key, *leaves),
+                                            tree, *others)

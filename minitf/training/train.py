@@ -1,0 +1,75 @@
+"""Training: one compiled step, and losses on text that is not trained on."""
+from functools import partial
+
+import jax
+import numpy as np
+import optax
+
+from ..network import fast, model
+from .optimizer import make_optimizer
+
+
+def loss(params, constants, batch, config):
+    """Mean cross-entropy in nats per token; batch (B, T + 1) of tokens."""
+    return token_losses(params, constants, batch, config).mean()
+
+
+def token_losses(params, constants, batch, config):
+    """Cross-entropy in nats of each target: batch (B, T + 1) -> (B, T)."""
+    return model.token_losses(params, constants, batch, config, fast.operations(config))
+
+
+@partial(jax.jit, static_argnames=("config", "optimizer"), donate_argnums=(0, 1))
+def train_step(params, opt_state, constants, rates, learning_rate, batch, config, optimizer):
+    """One update: (params, opt_state, metrics). Old buffers are given up.
+
+    Args:
+      constants: those of `attention_constants`.
+      rates, learning_rate: those of `optimizer.group_rates` and of this step.
+      batch: (B, T + 1) of tokens.
+      config, optimizer: a ModelConfig and an optimizer's name; static, as nothing else is.
+    Returns metrics {"loss", "grad_norm", "grad_norms"}: the loss before the update, the gradient's
+      norm before clipping, and that of each parameter, in their tree.
+    """
+    value, gradient = jax.value_and_grad(loss)(params, constants, batch, config)
+    updates, opt_state = make_optimizer(optimizer).update(
+        gradient, opt_state, params, rates=rates, learning_rate=learning_rate)
+    metrics = {"loss": value, "grad_norm": optax.tree.norm(gradient),
+               "grad_norms": jax.tree.map(optax.tree.norm, gradient)}
+    return optax.apply_updates(params, updates), opt_state, metrics
+
+
+evaluate_batch, evaluate_tokens = (jax.jit(f, static_argnames="config")
+                                   for f in (loss, token_losses))
+
+
+def evaluate(params, constants, windows, config, size):
+    """Mean loss in nats per token over windows (n, T + 1), `size` at a time.
+
+    A remainder smaller than `size` is left out.
+    """
+    size = min(size, len(windows))
+    whole = windows[:len(windows) // size * size].reshape(-1, size, windows.shape[1])
+    return float(np.mean([evaluate_batch(params, constants, batch, config) for batch in whole]))
+
+
+def total_loss(params, constants, windows, counted, config, size):
+    """Sum of the losses in nats of the counted targets: windows (n, T + 1), counted (n, T)."""
+    spare = -len(windows) % size                               # one shape for all: compiled once
+    windows = np.pad(windows, ((0, spare), (0, 0))).reshape(-1, size, windows.shape[1])
+    counted = np.pad(counted, ((0, spare), (0, 0))).reshape(-1, size, counted.shape[1])
+    losses = (np.asarray(evaluate_tokens(params, constants, batch, config), np.float64)
+              for batch in windows)
+    return sum(each[of_these].sum() for each, of_these in zip(losses, counted))
+
+
+def named_leaves(tree):
+    """[(name, leaf)]: "blocks/query" and so on."""
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def largest_gradient(norms):
+    """(name, norm) of the parameter with the largest gradient; NaN counts as the largest."""
+    return max(((name, float(norm)) for name, norm in named_leaves(norms)),
+               key=lambda pair: pair[1] if np.isfinite(pair[1]) else np.inf)
