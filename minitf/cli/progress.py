@@ -5,44 +5,66 @@ import time
 
 import jax
 
-from . import model, theory
+from ..theory.families import identity_parts
+from ..theory.kernels import network_activation
 
 
-def describe(config, params, corpus, out):
-    """What is about to be trained, in five lines."""
-    count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    skips = "no skips" if config.alpha == 0 else f"skips {config.alpha:.3g} + {config.beta:.3g}"
-    norms = "no norms" if config.norm == "none" else f"{config.norm} norms"
-    far = f" ({config.far} of {config.heads} heads far: {config.gamma_far:g})" if config.far else ""
-    own = ", a matrix of its own for what a token keeps" * config.own
-    target = {"espa": f", gamma {config.gamma:g}{far}{own}", "uspa": f", rho {config.rho:g}"}.get(config.attn, "")
-    rescale = f", rescale {config.rescale}" if target else ""
-    balance = theory.balance(config)
-    least, most = balance.min(), balance.max()
-    span = lambda multiple: f"{multiple * least:.3g}" + (f" to {multiple * most:.3g}" if most > least else "")
-    phi = theory.activation(config)
-    shape = f"slope {phi.slope:.4f}" if phi.name.endswith("relu") else \
-        f"{phi.output_scale:.3f} phi({phi.input_scale:.3f} x {phi.input_shift:+.3f}) {phi.output_scale * phi.output_shift:+.3f}"
-    print(f"model       {config.depth} blocks, width {config.width}, {config.heads} heads, {skips}, {norms}: "
-          f"{count:,} parameters\n"
-          f"attention   {config.attn}{target}{rescale}, positions {config.position}\n"
-          f"activation  {phi.name}, {shape}, transform {config.transform}; init {config.init}\n"
-          f"data        {len(corpus.train):,} tokens of {corpus.encoding.n_vocab:,}, r = {config.repeat_rate:.4f}; "
-          f"held out {len(corpus.held_out):,}\n"
-          f"training    {config.steps} steps of {config.batch} x {config.length} tokens, {config.optimizer} at {config.learning_rate:.3g} "
-          f"(ends x {config.ends:g}, queries and keys x {span(config.qk)}, values and outputs x {span(config.vo)}), "
-          f"{model.compute_dtype(config)} on {jax.devices()[0].device_kind}; {out}")
+def describe(settings, params, corpus, out):
+    """Prints what is about to be trained, in six lines."""
+    model, how = settings.model, settings.training
+    lines = {
+        "preset": f"{settings.preset}; {out}",
+        "model": f"{model.depth} blocks, width {model.width}, {model.heads} heads, "
+                 f"{describe_skips(model)}, {describe_norms(model)}, "
+                 f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters",
+        "attention": describe_attention(model),
+        "MLP": f"{describe_activation(network_activation(model))}, transform {model.transform}, "
+               f"initialisation {model.mlp_init}",
+        "data": f"{len(corpus.train):,} tokens of {corpus.encoding.n_vocab:,}, "
+                f"token collision rate {model.token_collision_rate:.4f}, "
+                f"{len(corpus.validation):,} for validation",
+        "training": f"{how.steps} steps of {how.batch} x {model.length} tokens, {how.optimizer}, "
+                    f"learning rate {how.learning_rate:.3g} (embed x {how.lr_mult_embed:g}, "
+                    f"qk x {how.lr_mult_qk:g}, vo x {how.lr_mult_vo:g}), {model.dtype} on "
+                    f"{jax.devices()[0].device_kind}",
+    }
+    print("\n".join(f"{name:12}{line}" for name, line in lines.items()))
+
+
+def describe_skips(model):
+    if model.identity_skip:
+        c = identity_parts(model)[0]
+        return f"a skip of {c.min():.2f} to {c.max():.2f} around attention"
+    return "no skips" if model.alpha == 0 else f"skips {model.alpha:.3g} + {model.beta:.3g}"
+
+
+def describe_norms(model):
+    return "no norms" if model.norm == "none" else f"{model.norm} norms"
+
+
+def describe_attention(model):
+    gammas = dict.fromkeys(f"{gamma:g}" for gamma in model.gamma)
+    parameter = {"espa": f", gamma {', '.join(gammas)}", "uspa": f", rho {model.rho:g}"}
+    scale = f", row scale {model.row_scale}" if model.attn in parameter else ""
+    return f"{model.attn}{parameter.get(model.attn, '')}{scale}, positions {model.position}"
+
+
+def describe_activation(phi):
+    if phi.name.endswith("relu"):
+        return phi.name + (f", slope {phi.slope:.4f}" if phi.slope else "")
+    return (f"{phi.output_scale:.3f} {phi.name}({phi.input_scale:.3f} x {phi.input_shift:+.3f}) "
+            f"{phi.output_scale * phi.output_shift:+.3f}")
 
 
 class Progress:
-    """The line that tells how far a run is: updated in place on a terminal, now and then a line of its own elsewhere."""
+    """How far a run is: a line that changes on a terminal, elsewhere a new one now and then."""
 
-    def __init__(self, config):
-        self.steps, self.tokens, self.width = config.steps, config.batch * config.length, 0
+    def __init__(self, training, length):
+        self.steps, self.tokens, self.width = training.steps, training.batch * length, 0
         self.terminal = sys.stdout.isatty()
-        self.every = 1 if self.terminal else max(config.steps // 20, 1)
+        self.every = 1 if self.terminal else max(training.steps // 20, 1)
+        self.seconds, self.compiled = None, False          # of a step, smoothed
         self.rest()
-        self.seconds = None                                                    # of a step, smoothed
 
     def __enter__(self):
         return self
@@ -59,17 +81,17 @@ class Progress:
         """Tokens a second of the step just finished."""
         now = time.perf_counter()
         last, self.clock = now - self.clock, now
-        self.first, first = False, getattr(self, "first", True)                # it is all compilation
-        if not first:
+        if self.compiled:                                  # the first step is all compilation
             self.seconds = last if self.seconds is None else 0.9 * self.seconds + 0.1 * last
+        self.compiled = True
         return round(self.tokens / last, 1)
 
     def show(self, line):
         step = line["step"] + 1
         if step % self.every and step not in (1, self.steps):
             return
-        rate = "" if self.seconds is None else \
-            f"  {self.tokens / self.seconds:,.0f} tokens/s  {clock(self.seconds * (self.steps - step))} left"
+        rate = "" if self.seconds is None else f"  {self.tokens / self.seconds:,.0f} tokens/s" \
+            f"  {clock(self.seconds * (self.steps - step))} left"
         self.write(f"step {step}/{self.steps}  loss {line['loss']:.3f}{rate}")
 
     def note(self, text):
@@ -92,12 +114,14 @@ class Progress:
 
 
 def clock(seconds):
-    return f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02}:{int(seconds % 60):02}" if seconds >= 3600 else \
-        f"{int(seconds // 60)}:{int(seconds % 60):02}"
+    minutes, seconds = divmod(int(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}:{seconds:02}"
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
 def stream(tokens, encoding, write):
-    """Writes the text of tokens as they come: a character once all its bytes are there, U+FFFD for what is none."""
+    """Writes the text of tokens as they come: a character once all its bytes are there."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for token in tokens:
         write(decoder.decode(encoding.decode_single_token_bytes(token)))

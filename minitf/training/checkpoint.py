@@ -1,8 +1,12 @@
-"""Checkpoints: each is one .npz of plain arrays that needs no other file, and is there whole or not at all.
+"""Checkpoints: each is one .npz of plain arrays that needs no other file, whole or not there.
 
-Its entries: params/... and opt_state/... as JAX names their leaves; bytes, lengths and ranks of the encoding's byte
-pairs; meta, JSON in UTF-8: configuration, step, digest of the training tokens, the encoding's name, pattern and
-special tokens; sha256, the checksum of all the others. Nothing in it is ever executed: there is no pickle.
+Its entries:
+    params/..., opt_state/...   as JAX names their leaves
+    bytes, lengths, ranks       the encoding's byte pairs
+    meta                        JSON in UTF-8: format, step, settings, digest of the training
+                                tokens, the encoding's name, pattern and special tokens
+    sha256                      the checksum of all the others
+Nothing in it is ever executed: there is no pickle.
 """
 import fcntl
 import hashlib
@@ -18,17 +22,21 @@ import jax.numpy as jnp
 import numpy as np
 import tiktoken
 
-from . import data, model, theory, train
-from .config import Config
-from .errors import require
+from ..config import DataConfig, ModelConfig, Settings, TrainingConfig
+from ..errors import require
+from ..network.init import init
+from ..theory.kernels import attention_constants
+from .encoding import pack_encoding, unpack_encoding, vocabulary
+from .optimizer import make_optimizer
+from .train import named_leaves
 
-FORMAT, KEPT = 1, 2                       # of the meta data; how many checkpoints a run keeps
+FORMAT, KEPT = 2, 2                       # of the meta data; how many checkpoints a run keeps
 
 
 class Checkpoint(NamedTuple):
-    """A run after `step` steps: the next batch, learning rate and so on follow from step and config alone."""
+    """A run after `step` steps. Step and settings say which batch and rate come next."""
     step: int
-    config: Config
+    settings: Settings
     encoding: tiktoken.Encoding
     digest: str                           # of the training tokens: see data.Corpus
     params: dict
@@ -36,8 +44,8 @@ class Checkpoint(NamedTuple):
 
 
 class Model(NamedTuple):
-    """What it takes to run a trained model: forward(params, constants, encoding.encode(text), config)."""
-    config: Config
+    """A trained model: forward(params, constants, encoding.encode(text), config)."""
+    config: ModelConfig
     params: dict
     constants: dict
     encoding: tiktoken.Encoding
@@ -46,18 +54,24 @@ class Model(NamedTuple):
 # --- Saving -----------------------------------------------------------------------------
 
 def save(folder, checkpoint):
-    """Writes checkpoint-STEP.npz, removes all but the last two; ValueError if anything is not finite, or the disk full."""
-    step, config, encoding, digest, *trees = checkpoint
-    arrays = {name: np.asarray(leaf) for name, leaf in train.named_leaves(dict(zip(("params", "opt_state"), trees)))}
+    """Writes checkpoint-STEP.npz and removes all but the last two.
+
+    ValueError, and nothing written, if anything is not finite or the disk is full.
+    """
+    step, settings, encoding, digest, params, opt_state = checkpoint
+    arrays = {name: np.asarray(leaf) for name, leaf in
+              named_leaves({"params": params, "opt_state": opt_state})}
     for name, array in arrays.items():
         require(np.isfinite(array).all(), f"{name} is not finite after step {step}: not saved")
-    pairs, names = data.pack_encoding(encoding)
-    meta = {"format": FORMAT, "step": step, "config": asdict(config), "digest": digest, **names}
+    pairs, names = pack_encoding(encoding)
+    meta = {"format": FORMAT, "step": step, "settings": asdict(settings), "digest": digest, **names}
     arrays |= pairs
     arrays["meta"] = np.frombuffer(json.dumps(meta).encode(), np.uint8)
-    write(Path(folder) / f"checkpoint-{step:08}.npz", lambda file: np.savez(file, **arrays, sha256=checksum(arrays)))
+    write(Path(folder) / f"checkpoint-{step:08}.npz",
+          lambda file: np.savez(file, **arrays, sha256=checksum(arrays)))
     older = [path for path in checkpoints(folder) if number(path) <= step][KEPT:]
-    for path in [*older, *Path(folder).glob("checkpoint-*.part")]:           # the latter: of a process that was killed
+    leftover = Path(folder).glob("checkpoint-*.part")      # of a process that was killed
+    for path in [*older, *leftover]:
         path.unlink()
 
 
@@ -71,7 +85,7 @@ def checksum(arrays):
 
 
 def write(path, fill):
-    """fill(file) under another name until all is on disk, then renamed, and the name too: a crash leaves old or new."""
+    """fill(file), then a rename once all is on disk: a crash leaves the old file or the new."""
     beside = path.with_name(path.name + ".part")
     try:
         with open(beside, "wb") as file:
@@ -84,11 +98,12 @@ def write(path, fill):
         os.close(folder)
     except OSError as error:
         beside.unlink(missing_ok=True)
-        raise ValueError(f"cannot write {path}: {error.strerror}; what was saved before is untouched") from None
+        raise ValueError(f"cannot write {path}: {error.strerror}; "
+                         "what was saved before is untouched") from None
 
 
 def rewind(metrics, step):
-    """Drops all lines but those of steps before `step`, evaluations after it included, and a half-written last line."""
+    """Drops all lines of metrics but those before `step`, and a half-written last line."""
     def belongs(line):
         try:
             record = json.loads(line)
@@ -97,11 +112,15 @@ def rewind(metrics, step):
             return False
 
     lines = metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else []
-    write(metrics, lambda file: file.writelines(line for line in lines if line.endswith(b"\n") and belongs(line)))
+    kept = [line for line in lines if line.endswith(b"\n") and belongs(line)]
+    write(metrics, lambda file: file.writelines(kept))
 
 
 def lock(folder):
-    """Keeps a folder for this process until it ends, however it ends; ValueError if another has it. Keep the result."""
+    """Keeps a folder for this process until it ends, however it ends. Keep the result.
+
+    ValueError if another process has it.
+    """
     try:
         file = open(Path(folder) / "lock", "a")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -114,20 +133,29 @@ def lock(folder):
 
 # --- Loading ----------------------------------------------------------------------------
 
-def load_model(place):
-    """Model of a run's folder (its newest usable checkpoint) or of one checkpoint's file; ValueError if there is none."""
+def load(place):
+    """The Model of a run's folder, its newest usable checkpoint, or of a checkpoint's file.
+
+    ValueError, with one line, if there is none.
+    """
     place = Path(place)
-    checkpoint = newest(place)[0] if place.is_dir() else load(place)
-    return Model(checkpoint.config, checkpoint.params, theory.constants(checkpoint.config), checkpoint.encoding)
+    return model_of(newest(place)[0] if place.is_dir() else load_checkpoint(place))
+
+
+def model_of(checkpoint):
+    """The Model in a Checkpoint."""
+    config = checkpoint.settings.model
+    constants = jax.tree.map(jnp.asarray, attention_constants(config))
+    return Model(config, checkpoint.params, constants, checkpoint.encoding)
 
 
 def newest(folder):
-    """(the newest usable checkpoint, [(path, problem)] of those newer); ValueError, with one line, if there is none."""
+    """(the newest usable checkpoint, [(path, problem)] of those newer); ValueError if none is."""
     require(Path(folder).is_dir(), f"{folder} is not a folder")
     problems = []
     for path in checkpoints(folder):
         try:
-            return load(path), problems
+            return load_checkpoint(path), problems
         except ValueError as error:
             problems.append((path, str(error)))
     require(problems, f"{folder} has no checkpoint")
@@ -136,8 +164,8 @@ def newest(folder):
 
 def checkpoints(folder):
     """Paths, the latest step's first."""
-    return sorted((path for path in Path(folder).glob("checkpoint-*.npz") if number(path) is not None),
-                  key=number, reverse=True)
+    paths = [path for path in Path(folder).glob("checkpoint-*.npz") if number(path) is not None]
+    return sorted(paths, key=number, reverse=True)
 
 
 def number(path):
@@ -146,21 +174,22 @@ def number(path):
     return int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 20 else None
 
 
-def load(path):
-    """The Checkpoint in a file; ValueError, with one line, unless it is whole and what its configuration says."""
+def load_checkpoint(path):
+    """The Checkpoint in a file; ValueError, with one line, unless it is whole."""
     try:
         return restore(read(path))
     except Exception as error:            # whatever zip, npy and JSON readers raise on what is none
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise ValueError(f"{path} is not a usable checkpoint: {reason}".replace("\n", " ")) from None
+        raise ValueError(f"{path} is not a usable checkpoint: {' '.join(reason.split())}") from None
 
 
 def read(path):
-    """{name: array} of a file whose checksum holds. Takes no more memory than the file has bytes."""
+    """{name: array} of a file whose checksum holds. Takes no more memory than the file."""
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
     require(all(entry.compress_type == zipfile.ZIP_STORED for entry in entries), "it is compressed")
-    require(sum(entry.file_size for entry in entries) <= os.path.getsize(path), "it is larger inside than outside")
+    require(sum(entry.file_size for entry in entries) <= os.path.getsize(path),
+            "it is larger inside than outside")
     with np.load(path, allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
     require("sha256" in arrays, "it has no checksum")
@@ -169,18 +198,30 @@ def read(path):
 
 
 def restore(arrays):
-    """The Checkpoint that the arrays make up; ValueError, TypeError or KeyError where they make up none."""
+    """The Checkpoint that arrays make up; ValueError, TypeError or KeyError where they do not."""
     meta = json.loads(arrays["meta"].tobytes())
-    require(meta["format"] == FORMAT, f"its format is {meta['format']!r}, known is {FORMAT}")
+    require(meta["format"] == FORMAT,
+            f"its format is {meta['format']!r}, this version of minitf reads {FORMAT}")
     require(type(meta["step"]) is int and meta["step"] >= 0, f"its step is {meta['step']!r}")
-    config = Config(**{"vo": 1.0, "own": False, "far": 0, "balance": 0.0, **meta["config"]})   # as all was before there were these
-    encoding = data.unpack_encoding(arrays, meta)
-    params = jax.eval_shape(lambda: model.init(jax.random.key(0), config, data.vocabulary(encoding)))
-    template = {"params": params, "opt_state": jax.eval_shape(train.make_optimizer(config).init, params)}
-    for name, leaf in train.named_leaves(template):
+    settings, encoding = restore_settings(meta["settings"]), unpack_encoding(arrays, meta)
+    params = jax.eval_shape(
+        lambda: init(jax.random.key(0), settings.model, vocabulary(encoding)))
+    opt_state = jax.eval_shape(make_optimizer(settings.training.optimizer).init, params)
+    template = {"params": params, "opt_state": opt_state}
+    for name, leaf in named_leaves(template):
         require(name in arrays, f"it lacks {name}")
         found = f"{arrays[name].dtype}{list(arrays[name].shape)}"
-        require(found == f"{leaf.dtype}{list(leaf.shape)}", f"{name} must be {leaf.dtype}{list(leaf.shape)}, not {found}")
-    leaves = [jnp.array(arrays[name]) for name, _ in train.named_leaves(template)]
-    return Checkpoint(meta["step"], config, encoding, meta["digest"],
+        wanted = f"{leaf.dtype}{list(leaf.shape)}"
+        require(found == wanted, f"{name} must be {wanted}, not {found}")
+    leaves = [jnp.array(arrays[name]) for name, _ in named_leaves(template)]
+    return Checkpoint(meta["step"], settings, encoding, meta["digest"],
                       **jax.tree.unflatten(jax.tree.structure(template), leaves))
+
+
+def restore_settings(saved):
+    """The Settings in a dict that JSON gave back."""
+    model = {**saved["model"], "gamma": tuple(saved["model"]["gamma"])}
+    settings = Settings(saved["preset"], saved["flags"], ModelConfig(**model),
+                        TrainingConfig(**saved["training"]), DataConfig(**saved["data"]))
+    settings.replace()                    # its flags must be flags
+    return settings

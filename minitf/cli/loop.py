@@ -1,0 +1,248 @@
+"""The loop: a run from its first step to its last, and one that is taken up again."""
+import ctypes
+import json
+import math
+import os
+import signal
+import sys
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from ..config import Sampling, resolve
+from ..errors import require
+from ..network.init import init
+from ..theory.kernels import attention_constants
+from ..training import checkpoint as checkpoints
+from ..training import data, encoding as encodings, optimizer, train as training
+from .progress import Progress, describe
+from .use import show_sample
+
+# On resuming; the data's tokens must be the same.
+MAY_CHANGE = "steps", "learning_rate", "save_every", "data", "val_data"
+
+
+def train(settings, out):
+    """A new run, in the folder `out` or the next one under runs/."""
+    require_new(out)
+    corpus = data.load(settings.data, settings.model.length)
+    rate = data.token_collision_rate(corpus.train_counts)
+    settings = resolve(settings.preset, rate, jax.default_backend(), **settings.flags)
+    model = settings.model
+    require_memory(settings, encodings.vocabulary(corpus.encoding))
+    constants = attention_constants(model)                        # refuses before there is a folder
+    params = jax.jit(partial(init, config=model, vocabulary=encodings.vocabulary(corpus.encoding)))(
+        jax.random.key(settings.training.seed))
+    opt_state = optimizer.make_optimizer(settings.training.optimizer).init(params)
+    out = make_folder(out, f"{settings.preset}-{model.attn}")
+    lock = checkpoints.lock(out)                                  # held until the process ends
+    require(not (out / "config.json").exists(), f"{out} was just taken by another run")
+    state = checkpoints.Checkpoint(0, settings, corpus.encoding, corpus.digest, params, opt_state)
+    run_steps(state, corpus, constants, out)
+    return lock
+
+
+def resume(folder, flags):
+    """Goes on with the run in a folder from its newest usable checkpoint, as if never stopped."""
+    require(folder.is_dir(), f"{folder} is not a folder")
+    lock = checkpoints.lock(folder)
+    state, unusable = checkpoints.newest(folder)
+    for path, problem in unusable:
+        print(f"run.py: {problem}; falling back to the one of step {state.step}", file=sys.stderr)
+    changed = changes(state.settings, flags)
+    refuse_others(changed, MAY_CHANGE, f"cannot change on resuming; {', '.join(MAY_CHANGE)} can")
+    if changed:
+        state = state._replace(settings=state.settings.replace(**changed))
+    steps = state.settings.training.steps
+    require(steps > state.step, f"{folder} is trained: {state.step} of {steps} steps; "
+            "more --steps would go on")
+    for path, _ in unusable:                                      # kept for whoever wants to know
+        path.rename(path.with_suffix(".unusable"))
+    checkpoints.rewind(folder / "metrics.jsonl", state.step)
+    corpus = data.load(state.settings.data, state.settings.model.length, state.encoding)
+    require(corpus.digest == state.digest,
+            "data is not what the run was trained on: its tokens must be the same")
+    run_steps(state, corpus, attention_constants(state.settings.model), folder)
+    return lock
+
+
+def changes(settings, flags):
+    """The flags that say something else than the settings: {name: value}."""
+    others = dict(flags)
+    preset = others.pop("preset", settings.preset)
+    values = lambda given: {**asdict(given.model), **asdict(given.training), **asdict(given.data)}
+    new, old = values(settings.replace(**others)), values(settings)
+    changed = {name: value for name, value in others.items() if new[name] != old[name]}
+    return changed if preset == settings.preset else {"preset": preset, **changed}
+
+
+def run_steps(state, corpus, constants, out):
+    """Trains from a Checkpoint to the last step: checkpoints and metrics.jsonl in `out`."""
+    keep_freed_memory()
+    start, settings, encoding, digest, params, opt_state = state
+    model, how = settings.model, settings.training
+    started, constants = time.perf_counter(), jax.tree.map(jnp.asarray, constants)
+    rates = jax.tree.map(jnp.asarray, optimizer.group_rates(how, model))
+    (out / "config.json").write_text(json.dumps(asdict(settings), indent=1) + "\n")
+    describe(settings, params, corpus, out)
+    with open(out / "metrics.jsonl", "a") as metrics, Progress(how, model.length) as progress, \
+            stop_signals() as stop:
+        record = partial(record_step, metrics, progress, how)
+        saved = start or save(out, metrics, state)
+        pending = last = None                                     # the device is one step ahead
+        for step in range(start, how.steps):
+            batch = data.batch(corpus.train, model.length, how.batch, how.seed, step)
+            params, opt_state, values = training.train_step(
+                params, opt_state, constants, rates, optimizer.learning_rate(how, step), batch,
+                model, how.optimizer)
+            if pending:
+                last = record(*pending, last, saved, out)
+            pending, done = (step, values), step + 1
+            evaluating = done % max(how.steps // 4, 1) == 0 or done == how.steps
+            saving = done % how.save_every == 0 or done == how.steps or stop
+            if step == start or evaluating or saving:
+                last, pending = record(*pending, last, saved, out), None
+            if evaluating:
+                count = (64 if done == how.steps else 4) * how.batch
+                said = evaluate(settings, params, constants, corpus, count, done, metrics)
+                progress.note(f"step {done}: {said}")
+            if saving:
+                state = checkpoints.Checkpoint(done, settings, encoding, digest, params, opt_state)
+                saved = save(out, metrics, state)
+            if stop and done < how.steps:
+                line = f"stopped and saved after step {done} of {how.steps}; to go on: " \
+                    f"python run.py --resume {out}"
+                print(progress.last_words(line), file=sys.stderr)
+                sys.exit(128 + stop[0])
+            if evaluating or saving:
+                progress.rest()
+    print(f"\n{said}, after {how.steps} steps, {time.perf_counter() - started:.0f} s; {out}\n\n"
+          "A sample, from a beginning in the validation text:\n")
+    prompt = corpus.validation[:min(16, model.length // 2)].tolist()
+    show_sample(checkpoints.Model(model, params, constants, encoding), prompt, Sampling())
+
+
+def record_step(metrics, progress, how, step, values, last, saved, out):
+    """Waits for a step, adds its line to the metrics; exits if it is not finite.
+
+    last: what was returned for the step before. Returns (step, values).
+    """
+    line = {"step": step, "loss": float(values["loss"]),
+            "learning_rate": float(optimizer.learning_rate(how, step)),
+            "grad_norm": float(values["grad_norm"]), "tokens_per_second": progress.step_done()}
+    if math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]):
+        metrics.write(json.dumps(line) + "\n")
+        progress.show(line)
+        return step, values
+    suspect = last if last and not math.isfinite(line["loss"]) else (step, values)
+    name, norm = training.largest_gradient(suspect[1]["grad_norms"])
+    sys.exit(progress.last_words(
+        f"loss is {line['loss']:.3g}, gradient norm {line['grad_norm']:.3g} at step {step}; the "
+        f"largest gradient at step {suspect[0]} is that of {name}, {norm:.3g}. The checkpoint of "
+        f"step {saved} is kept; try python run.py --resume {out} "
+        f"--learning-rate {how.learning_rate / 4:.2g}"))
+
+
+def evaluate(settings, params, constants, corpus, count, step, metrics):
+    """The loss on `count` windows of validation text, into the metrics and as a sentence."""
+    windows = data.spread_windows(corpus.validation, settings.model.length, count)
+    value = training.evaluate(params, constants, windows, settings.model, settings.training.batch)
+    size = corpus.validation_counts @ encodings.byte_lengths(corpus.encoding)
+    bits = len(corpus.validation) / size / math.log(2)            # per byte, of a nat per token
+    unigram = data.unigram_loss(corpus.train_counts, corpus.validation_counts)
+    metrics.write(json.dumps({"step": step, "val_loss": value, "val_bits_per_byte": value * bits})
+                  + "\n")
+    return (f"validation loss {value:.3f} nats a token, {value * bits:.3f} bits a byte "
+            f"(unigram {unigram:.3f}, {unigram * bits:.3f})")
+
+
+def save(out, metrics, state):
+    """A checkpoint, after the metrics of all steps before it are on disk; its step."""
+    metrics.flush()
+    os.fsync(metrics.fileno())
+    checkpoints.save(out, state)
+    return state.step
+
+
+# --- What surrounds a run -----------------------------------------------------------------
+
+
+def refuse_others(flags, names, why):
+    """ValueError, by name, if any flag is given that is not one of the names."""
+    others = ", ".join("--" + name.replace("_", "-") for name in flags if name not in names)
+    require(not others, f"{others} {why}")
+
+
+def require_memory(settings, vocabulary):
+    """ValueError if what a step needs at the least exceeds the machine's memory.
+
+    Parameters and their moments, dense biases, a batch's logits and activations.
+    """
+    model, batch = settings.model, settings.training.batch
+    d, length, depth = model.width, model.length, model.depth
+    numbers = 3 * (12 * d * d * depth + 2 * d * vocabulary)
+    numbers += depth * length**2 * (model.attn == "uspa")
+    numbers += batch * length * (vocabulary + d * depth)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    require(4 * numbers < memory, f"this needs {4 * numbers / 2**30:,.0f} GiB of memory at the "
+            f"least, there are {memory / 2**30:.0f}: a smaller depth, width, length or batch is "
+            "needed")
+
+
+def require_new(out):
+    """ValueError if the folder is there already with anything in it, or could not be one."""
+    new = out is None or not out.exists() or out.is_dir() and not any(out.iterdir())
+    require(new, f"{out} exists and is not an empty folder: a run never overwrites another")
+
+
+def make_folder(out, name):
+    """Creates `out`, or the next free folder runs/NAME-N; ValueError where that is not possible."""
+    try:
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            return out
+        Path("runs").mkdir(exist_ok=True)
+        for number in range(1, 10**6):
+            out = Path("runs") / f"{name}-{number}"
+            if not out.exists():
+                out.mkdir()
+                return out
+    except OSError as error:
+        raise ValueError(f"cannot create {error.filename}: {error.strerror}") from None
+
+
+def keep_freed_memory():
+    """With glibc: a step's arrays are made in the memory of the last step's.
+
+    Not in pages that the system takes back, clears and maps again, which costs a CPU up to a fifth
+    of a step.
+    """
+    with suppress(OSError, AttributeError):
+        for parameter in (-3, -1):                                # M_MMAP_THRESHOLD, M_TRIM_...
+            ctypes.CDLL(None).mallopt(parameter, 2**31 - 1)
+
+
+@contextmanager
+def stop_signals():
+    """A list that gains the first SIGINT or SIGTERM; a second one does what it always does."""
+    received, before = [], {}
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+    def receive(number, _):
+        received.append(number)
+        restore()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, receive)
+    try:
+        yield received
+    finally:
+        restore()

@@ -1,0 +1,111 @@
+"""The command line: flags, and what to do with them. Whatever is wrong: one line, exit status 2."""
+import argparse
+import os
+import signal
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import jax
+
+from ..config import FIELDS, GROUPS, Sampling, kind, resolve
+from ..errors import OutOfReach, Parser
+from ..presets import PRESETS, untuned
+from ..theory.kernels import network_activation
+from . import inspection, loop, use
+
+MODES = "out", "resume", "sample", "eval", "inspect", "plot"
+SAMPLING = [each.name for each in fields(Sampling)]
+
+
+def main(arguments=None):
+    """Trains, resumes, samples, evaluates or inspects, as the arguments say."""
+    parser = make_parser()
+    flags = vars(parser.parse_args(arguments))                    # those given, no others
+    modes = {name: flags.pop(name) for name in MODES}
+    try:
+        if modes["resume"]:
+            loop.resume(modes["resume"], flags)
+        elif modes["sample"]:
+            loop.refuse_others(flags, SAMPLING, "cannot be given with --sample")
+            use.sample(modes["sample"], Sampling(**flags))
+        elif modes["eval"]:
+            loop.refuse_others(flags, ["data"], "cannot be given with --eval")
+            use.evaluate(modes["eval"], flags.get("data"))
+        else:
+            names = ["preset", *(each.name for each in FIELDS)]
+            loop.refuse_others(flags, names, "can only be given with --sample")
+            settings = reachable(resolve(**flags, backend=jax.default_backend()))
+            note = untuned(settings.preset, settings.flags)
+            if note:
+                print(note)
+            if modes["inspect"] or modes["plot"]:
+                inspection.inspect(settings, modes["plot"])
+            else:
+                loop.train(settings, modes["out"])
+    except ValueError as error:
+        parser.error(str(error))
+    except BrokenPipeError:                                       # nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0 if modes["sample"] else 128 + signal.SIGPIPE)
+    except OSError as error:
+        parser.error(f"{error.filename or 'cannot write'}: {error.strerror}")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        parser.error("out of memory: a smaller --batch, --length or --width may help")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+
+
+def reachable(settings):
+    """Settings with an activation's target that is out of reach replaced by the nearest one."""
+    try:
+        network_activation(settings.model)
+    except OutOfReach as error:
+        print(f"note: {error}; taking that")
+        return settings.replace(**{error.target: error.best})
+    return settings
+
+
+def make_parser():
+    """One flag for each setting, in four groups, and for what to do and where."""
+    parser = Parser(prog="run.py", description="Trains a transformer without shortcuts on text.",
+                    allow_abbrev=False)
+    where = parser.add_mutually_exclusive_group()
+    for name, text in {
+            "out": "a new folder for checkpoints and metrics (default: the next under runs/)",
+            "resume": f"go on with a run; {', '.join(loop.MAY_CHANGE)} may be given anew",
+            "sample": "draw text from a run's newest checkpoint",
+            "eval": "loss of a run's newest checkpoint on --data (default: its validation text)",
+    }.items():
+        where.add_argument("--" + name, type=Path, metavar="DIR", help=text)
+    where.add_argument("--inspect", action="store_true", help="train nothing: kernels and "
+                       "gradients of the initialised network on real text, block by block, "
+                       f"beside the prediction; {inspection.THRESHOLDS}")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png",
+                        help="draw what --inspect shows, beside softmax; needs matplotlib")
+    groups = {name: parser.add_argument_group(name) for name in GROUPS}
+    groups["method"].add_argument("--preset", default=argparse.SUPPRESS, metavar="|".join(PRESETS),
+                                  help="a whole network with its rates (default: isometric)")
+    listed = {each.name: each for each in (*fields(Sampling), *FIELDS)}    # seed serves both
+    for each in sorted(listed.values(), key=lambda each: GROUPS.index(each.metadata["group"])):
+        groups[each.metadata["group"]].add_argument(
+            "--" + each.name.replace("_", "-"), default=argparse.SUPPRESS,
+            help=each.metadata["text"].replace("%", "%%"), **how_to_parse(each))
+    return parser
+
+
+def how_to_parse(each):
+    """argparse's way for a field: a switch, a choice of names, a number, or several."""
+    if kind(each) is bool:
+        return dict(action=argparse.BooleanOptionalAction)
+    if kind(each) is tuple:
+        return dict(type=numbers, metavar="FLOAT,...")
+    names = "|".join(each.metadata["choices"])
+    return dict(type=kind(each), metavar=names or kind(each).__name__.upper())
+
+
+def numbers(text):
+    """"0.1,0.02" -> (0.1, 0.02)."""
+    return tuple(float(part) for part in text.split(","))

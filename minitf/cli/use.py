@@ -1,0 +1,50 @@
+"""What one does with a trained model: draw text from it, and measure its loss on a text."""
+import math
+import sys
+from itertools import chain
+
+from ..network import decode
+from ..training import checkpoint, data, train
+from ..training.encoding import byte_lengths, known
+from .progress import stream
+
+
+def sample(folder, sampling):
+    """Streams a prompt and what a run's newest checkpoint makes of it."""
+    try:
+        sampling.prompt.encode()
+    except UnicodeEncodeError:
+        raise ValueError("prompt is not UTF-8 text") from None
+    model = checkpoint.load(folder)
+    prompt = model.encoding.encode(sampling.prompt, disallowed_special=())
+    sys.stdout.reconfigure(encoding="utf-8")
+    show_sample(model, prompt, sampling)
+
+
+def show_sample(model, prompt, sampling):
+    """Prints the prompt's tokens and those drawn after them, each as soon as it is there."""
+    config, params, constants, encoding = model
+    drawn = decode.sample(params, constants, prompt, sampling.tokens, config, sampling.seed,
+                          sampling.temperature, sampling.top_k, known(encoding))
+    stream(chain(prompt, drawn), encoding, lambda text: print(text, end="", flush=True))
+    print(flush=True)
+
+
+def evaluate(folder, names):
+    """Prints the loss on a text, each token but the first predicted once.
+
+    names: as --data; None: the run's own validation text.
+    """
+    saved = checkpoint.newest(folder)[0]
+    config, params, constants, encoding = checkpoint.model_of(saved)
+    size = saved.settings.training.batch
+    tokens = data.read_tokens(names, encoding)[0] if names else \
+        data.load(saved.settings.data, config.length, encoding).validation
+    lengths, nats, total, count = byte_lengths(encoding), 0.0, 0, len(tokens) - 1
+    for span in data.spans(tokens, 64 * size * config.length):
+        windows, counted = data.all_windows(span, config.length)
+        nats += train.total_loss(params, constants, windows, counted, config, size)
+        total += lengths[span[1:]].sum()
+    print(f"{count:,} tokens, {total:,.0f} bytes: {nats / count:.4f} nats a token, "
+          f"{nats / total / math.log(2):.4f} bits a byte, "
+          f"perplexity {math.exp(min(nats / count, 700)):.4g}")

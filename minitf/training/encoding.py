@@ -1,0 +1,143 @@
+"""Text and encodings: UTF-8 files to text, tiktoken encodings to and from arrays."""
+import base64
+import binascii
+import glob
+from pathlib import Path
+
+import numpy as np
+import regex                                          # what tiktoken depends on
+import tiktoken
+from tiktoken_ext.openai_public import r50k_pat_str
+
+from ..errors import require
+
+RANK_FILE_BYTES = 2**26                               # the largest in use has 2**22
+
+# --- Text --------------------------------------------------------------------------------
+
+def find_files(names):
+    """Files, folders (all in them but hidden files) and globs -> paths, sorted within each."""
+    paths = []
+    for name in filter(None, names):
+        path = Path(name)
+        if path.is_dir():
+            hidden = lambda p: any(part.startswith(".") for part in p.relative_to(path).parts)
+            found = [p for p in sorted(path.rglob("*")) if p.is_file() and not hidden(p)]
+        else:
+            found = [path] if path.exists() else sorted(map(Path, glob.glob(name, recursive=True)))
+        require(found,
+                f"no text found at {name}: it must name a file, a folder with files or a glob")
+        paths += found
+    require(paths, "data must name at least one file, folder or glob")
+    return paths
+
+
+def read_text(path):
+    """The file's text; ValueError where it cannot be read or is not UTF-8 text."""
+    try:
+        with open(path, "rb") as file:                # zeros of any size are not read at all
+            require(b"\0" not in file.read(2**16), f"{path} is not text: it has NUL characters")
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    require("\0" not in text, f"{path} is not text: it has NUL characters")
+    return text
+
+
+# --- Encodings ----------------------------------------------------------------------------
+
+
+def load_encoding(name):
+    """A tiktoken.Encoding from a rank file, with GPT-2's split pattern, or by its name in tiktoken.
+
+    A rank file must give ranks 0 to n - 1 to n distinct byte strings, all single bytes among them,
+    so that any text can be encoded. tiktoken downloads named encodings unless it has them already.
+    """
+    if name in tiktoken.list_encoding_names():
+        try:
+            return tiktoken.get_encoding(name)
+        except Exception as error:                    # whatever a network may raise
+            raise ValueError(f"encoding {name} cannot be loaded: {type(error).__name__}; "
+                             "give a rank file's path") from None
+    path = Path(name)
+    require(path.is_file(), f"no encoding {name}: allowed are a rank file's path, "
+            f"{', '.join(tiktoken.list_encoding_names())}")
+    require(path.stat().st_size < RANK_FILE_BYTES, f"{name} is too large for a rank file")
+    ranks = {}
+    try:
+        for line in path.read_bytes().splitlines():
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+    except (ValueError, binascii.Error):
+        raise ValueError(f"{name} is not a rank file: each line must be a token in base64, "
+                         "a space and its rank") from None
+    except OSError as error:
+        raise ValueError(f"{name} cannot be read: {error.strerror}") from None
+    require(sorted(ranks.values()) == list(range(len(ranks))),
+            f"{name} is not a rank file: ranks must be 0 to n - 1, each once")
+    return make_encoding(path.stem, ranks, r50k_pat_str, {})
+
+
+def make_encoding(name, ranks, pattern, special_tokens):
+    """A tiktoken.Encoding; ValueError unless it can encode any text."""
+    every, wrong = [*ranks.values(), *special_tokens.values()], f"{name} is not an encoding: "
+    require(all(bytes([byte]) in ranks for byte in range(256)),
+            wrong + "it lacks some single bytes")
+    require(all(ranks) and len(set(every)) == len(every) and min(every) >= 0,
+            wrong + "tokens must not be empty, nor ranks shared or negative")
+    require(regex.match(pattern, "") is None, wrong + "its pattern splits text into nothing")
+    encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
+                                 special_tokens=special_tokens)
+    probe = "A b, 1é\n"
+    require(encoding.decode(encoding.encode(probe)) == probe, wrong + "its pattern loses text")
+    return encoding
+
+
+def pack_encoding(encoding):
+    """(arrays, names): all of an encoding, as {name: array} and as what JSON can hold."""
+    pairs = encoding._mergeable_ranks
+    arrays = {"bytes": np.frombuffer(b"".join(pairs), np.uint8),
+              "lengths": np.array([*map(len, pairs)], np.int32),
+              "ranks": np.array([*pairs.values()], np.int32)}
+    return arrays, {"encoding": encoding.name, "pattern": encoding._pat_str,
+                    "special": encoding._special_tokens}
+
+
+def unpack_encoding(arrays, names):
+    """What pack_encoding took apart; ValueError, TypeError or KeyError where they make up none."""
+    ends = np.cumsum(arrays["lengths"])
+    require(ends[-1] == len(arrays["bytes"]), "its encoding is not whole")
+    pairs = {arrays["bytes"][end - length:end].tobytes(): int(rank)
+             for end, length, rank in zip(ends, arrays["lengths"], arrays["ranks"], strict=True)}
+    return make_encoding(names["encoding"], pairs, names["pattern"], names["special"])
+
+
+def vocabulary(encoding):
+    """How many tokens the network is built for: beyond 2,048 a multiple of 64, which is faster."""
+    return encoding.n_vocab if encoding.n_vocab <= 2048 else -(-encoding.n_vocab // 64) * 64
+
+
+def byte_lengths(encoding):
+    """How many bytes of text each token stands for, (V,); 0 for special tokens."""
+    lengths = np.zeros(encoding.n_vocab, int)
+    lengths[[*encoding._mergeable_ranks.values()]] = [*map(len, encoding._mergeable_ranks)]
+    return lengths
+
+
+def known(encoding):
+    """Which of the network's tokens the encoding has, (vocabulary(encoding),) of bool."""
+    every = [*encoding._mergeable_ranks.values(), *encoding._special_tokens.values()]
+    return np.isin(np.arange(vocabulary(encoding)), every)
+
+
+def dtype(encoding):
+    """Of arrays and files of tokens."""
+    return np.dtype("<u2" if encoding.n_vocab <= 2**16 else "<u4")
+
+
+def encode(texts, encoding):
+    """All texts, one after the other, as one array of tokens."""
+    return np.concatenate([encoding.encode_to_numpy(text, disallowed_special=())
+                           .astype(dtype(encoding)) for text in texts])
