@@ -11,7 +11,7 @@ _HOME = {
     "input_kernel": "theory.kernels",
     "predict_kernels": "theory.kernels",
     "forward": "network.model",
-    "init": "network.model",
+    "init": "network.init",
     "load": "training.checkpoint",
 }
 __all__ = list(_HOME)

@@ -188,10 +188,13 @@ class Settings:
     data: DataConfig
 
     def replace(self, **flags):
-        """Settings with other flags. Every default is made anew, none is kept from before."""
-        made_here = dict(dtype=self.model.dtype,
-                         token_collision_rate=self.model.token_collision_rate)
-        return resolve(self.preset, **{**made_here, **self.flags, **flags})
+        """Settings with other flags. Every default is made anew, none is kept from before.
+
+        What follows from the data and the machine, not from flags, is as it was.
+        """
+        backend = "cpu" if self.model.dtype == "float32" else "gpu"
+        return resolve(self.preset, self.model.token_collision_rate, backend,
+                       **{**self.flags, **flags})
 
 
 def resolve(preset="isometric", collision_rate=0.0, backend="cpu", **flags):
