@@ -11,12 +11,14 @@ from .theory.families import FAMILIES
 GROUPS = ("method", "additions", "training", "data")   # of flags, as --help shows them
 
 
-def flag(group, text, *choices, default=MISSING, low=-inf, high=inf, above=-inf, below=inf):
+def flag(group, text, *choices, table=(), default=MISSING, low=-inf, high=inf, above=-inf,
+         below=inf):
     """A field: its group and text in --help, and what it allows.
 
-    A choice of names, or a range, closed (low, high) or open (above, below).
+    A choice of names, those of a table as it is when checked, or a range, closed (low, high) or
+    open (above, below).
     """
-    limits = dict(group=group, text=text, choices=choices, low=low, high=high, above=above,
+    limits = dict(group=group, text=text, choices=choices or table, low=low, high=high, above=above,
                   below=below)
     return field(default=default, metadata=limits)
 
@@ -69,7 +71,7 @@ class ModelConfig(Checked):
     width: int = flag("method", "features of a token, d (default: 64)", low=1)
     heads: int = flag("method", "attention heads (default: 4)", low=1)
     length: int = flag("method", "tokens of context, T (default: 64)", low=2)
-    attn: str = flag("method", "attention family", *FAMILIES)
+    attn: str = flag("method", "attention family", table=FAMILIES)
     gamma: tuple = flag("method", "espa: decay of the last kernel, gamma_L, one number or one for "
                         "each head, as 0.1,0.1,0.02 (default: 25.6 / length, at most 0.8; from "
                         "256 to 1,024 tokens a fifth of it for a quarter of the heads)",
@@ -265,7 +267,7 @@ def resolve(preset="isometric", collision_rate=0.0, backend="cpu", **flags):
         lr_mult_qk=take("lr_mult_qk", rates.qk),
         lr_mult_vo=take("lr_mult_vo", rates.vo),
         weight_decay=take("weight_decay", 0.0),
-        decay_groups=take("decay_groups", "qk,vo,mlp"),
+        decay_groups=take("decay_groups", rates.decay_groups),
         orthogonal_pull=take("orthogonal_pull", 0.0),
         pull_groups=take("pull_groups", "vo,mlp"))
     data = DataConfig(

@@ -171,7 +171,6 @@ def save(out, metrics, state):
 
 # --- What surrounds a run -----------------------------------------------------------------
 
-
 def refuse_others(flags, names, why):
     """ValueError, by name, if any flag is given that is not one of the names."""
     others = ", ".join("--" + name.replace("_", "-") for name in flags if name not in names)

@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..errors import require
-from . import model
-
-OPS = model.REFERENCE
+from . import model, operations
+from .operations import REFERENCE
 
 
 def empty_cache(config):
@@ -32,7 +31,7 @@ def decode(params, constants, cache, tokens, start, config):
     layers = *model.layers(params, constants, config), jnp.arange(config.depth)
     step = lambda carry, layer: (block(*carry, *layer, start, config), None)
     (x, cache), _ = jax.lax.scan(step, (x, cache), layers)
-    x = OPS.normalise(x, params.get("norm"), config)
+    x = REFERENCE.normalise(x, params.get("norm"), config)
     return model.unembed(params, x).astype(jnp.float32), cache
 
 
@@ -47,16 +46,16 @@ def block(x, cache, weights, constants, layer, start, config):
 
     The cache is that of all layers, changed in place.
     """
-    y = OPS.normalise(x, weights.get("norm1"), config)
-    q, k, v = model.split_qkv(model.project_qkv(y, weights, config))                   # (S, H, k)
-    q, k = (model.apply_rope(each, config, start) for each in (q, k))
+    y = REFERENCE.normalise(x, weights.get("norm1"), config)
+    q, k, v = operations.split_qkv(model.project_qkv(y, weights, config))             # (S, H, k)
+    q, k = (operations.apply_rope(each, config, start) for each in (q, k))
     cache = {name: jax.lax.dynamic_update_slice(cache[name], new[None], (layer, start, 0, 0))
              for name, new in (("k", k), ("v", v))}
     keys, values = cache["k"][layer], cache["v"][layer]                                # (T, H, k)
-    attended = model.softmax_attention(q, keys, values, constants, config, start)
+    attended = operations.softmax_attention(q, keys, values, constants, config, start)
     branch = model.output_projection(v, attended, weights, config)
     x = model.add_residual(x, branch, constants.get("skip_scale"), config)
-    return model.mlp_sublayer(x, weights, config, OPS), cache
+    return model.mlp_sublayer(x, weights, config, REFERENCE), cache
 
 
 @partial(jax.jit, static_argnames="top_k")

@@ -1,4 +1,4 @@
-"""The same operations as in model.py, fast. `operations` chooses; the tests hold both equal.
+"""The five operations of operations.py, fast. `operations` chooses; the tests hold both equal.
 
 On a GPU, in bfloat16: attention by kernels that make no T x T array, and the blocks as a straight
 program. Everywhere: gradients written out that keep less for the backward pass.
@@ -11,7 +11,7 @@ import numpy as np
 
 from ..theory.activations import SLOPES
 from ..theory.families import FAMILIES
-from . import flash, model
+from . import flash, operations as plain
 
 STRAIGHT_BLOCKS = 48        # at most so many blocks are a straight program on a GPU, not a loop
 OUR_PLAIN_LENGTH = 512      # up to so many tokens our kernel beats cuDNN's at plain attention
@@ -22,8 +22,8 @@ def operations(config, backend=None):
     fused = fuses_attention(config, backend or jax.default_backend())
     straight = fused and config.depth <= STRAIGHT_BLOCKS and not config.remat
     keep = () if config.remat else ("attended",)
-    return model.Operations(
-        attend=attend_fused if fused else model.attend,
+    return plain.Operations(
+        attend=attend_fused if fused else plain.attend,
         activate=activate,
         normalise=normalise,
         repeat=repeat_straight if straight else partial(repeat_checkpointed, keep=keep),
@@ -40,7 +40,6 @@ def fuses_attention(config, backend):
 
 # --- Blocks -----------------------------------------------------------------------------
 
-
 def repeat_straight(step, x, layers):
     """One program, block after block. A loop would stack what the backward pass is to have."""
     depth = len(jax.tree.leaves(layers)[0])
@@ -54,30 +53,29 @@ def repeat_checkpointed(step, x, layers, keep):
     A CPU's caches then hold what it works on; compilation takes no longer for more blocks.
     """
     policy = jax.checkpoint_policies.save_only_these_names(*keep)
-    return model.repeat(jax.checkpoint(step, policy=policy), x, layers)
+    return plain.repeat(jax.checkpoint(step, policy=policy), x, layers)
 
 
 # --- Attention --------------------------------------------------------------------------
 
-
 def attend_fused(qkv, constants, config):
-    """model.attend by our kernel where it can, else by cuDNN's flash attention."""
-    length, plain = qkv.shape[1], not constants
-    if flash.triton and (config.attn == "espa" or plain and length <= OUR_PLAIN_LENGTH):
+    """operations.attend by our kernel where it can, else by cuDNN's flash attention."""
+    length = qkv.shape[1]
+    if flash.triton and (config.attn == "espa" or not constants and length <= OUR_PLAIN_LENGTH):
         return attend_flash(qkv, constants, config)
-    q, k, v = model.split_qkv(qkv)
-    q, k = model.apply_rope(q, config), model.apply_rope(k, config)
+    q, k, v = plain.split_qkv(qkv)
+    q, k = plain.apply_rope(q, config), plain.apply_rope(k, config)
     bias = None
-    if not plain:                                      # rounded to bfloat16, as all the rest
+    if constants:                                      # rounded to bfloat16, as all the rest
         position = np.arange(length)
         bias = FAMILIES[config.attn].bias_rows(constants, position[:, None], position)
         bias = jnp.tril(bias).astype(v.dtype)[None]
     out = jax.nn.dot_product_attention(q, k, v, bias, is_causal=True, implementation="cudnn")
-    return model.scale_rows(out, constants)
+    return plain.scale_rows(out, constants)
 
 
 def attend_flash(qkv, constants, config, interpret=False):
-    """model.attend by flash.py: E-SPA, or without constants plain causal attention."""
+    """operations.attend by flash.py: E-SPA, or without constants causal attention."""
     names, heads = ("slope", "first_key_bias", "self_bias"), (config.heads,)
     bias = jnp.stack([constants.get(name, jnp.zeros(heads)) for name in names], -1)    # (H, 3)
     row_scale = constants.get("row_scale", jnp.ones((*heads, qkv.shape[1])))
@@ -89,16 +87,15 @@ def rotate_stacked(qkv, config):
     if config.position != "rope":
         return qkv
     of_each = np.array([1.0, 1.0, 0.0])[:, None, None]                                 # q, k, v
-    return model.rotate(qkv, model.rope_angles(config)[:, None, None] * of_each)
+    return plain.rotate(qkv, plain.rope_angles(config)[:, None, None] * of_each)
 
 
 # --- Activations and norms --------------------------------------------------------------
 
-
 def activate(x, phi):
     """phi^(x). The backward pass keeps the output of a leaky ReLU, and of others their input."""
     if phi.name not in SLOPES:
-        return jax.checkpoint(model.activate, static_argnums=1)(x, phi)
+        return jax.checkpoint(plain.activate, static_argnums=1)(x, phi)
     y = leaky_relu(phi.output_scale * x, phi.slope)
     return y + phi.output_scale * phi.output_shift if phi.output_shift else y
 
@@ -115,19 +112,19 @@ leaky_relu.defvjp(
 
 
 def normalise(x, gain, config):
-    """model.normalise; all that the backward pass keeps is x."""
+    """operations.normalise; all that the backward pass keeps is x."""
     return x if config.norm == "none" else normalised(x, gain, config.norm == "layer")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def normalised(x, gain, centred):
     """Layer norm, or RMS norm without centring."""
-    return (model.standardise(x, centred)[0] * gain).astype(x.dtype)
+    return (plain.standardise(x, centred)[0] * gain).astype(x.dtype)
 
 
 def normalised_backward(centred, saved, g):
     (x, gain), g = saved, g.astype(jnp.float32)
-    y, scale = model.standardise(x, centred)
+    y, scale = plain.standardise(x, centred)
     inner = g * gain
     inner = inner - y * (inner * y).mean(-1, keepdims=True)
     inner = inner - (g * gain).mean(-1, keepdims=True) if centred else inner

@@ -6,8 +6,8 @@ and memory is O(T). The decay also says which keys are too far away to be seen i
 their logits: those are not visited (`attention_window`). Without a decay it is plain attention.
 
 Queries, keys and values come as the one array that a matrix product made, and their gradients go
-back as one. model.softmax_attention is the reference. Blocks and the recomputation of the backward
-pass follow FlashAttention-2 (Dao 2023, arXiv 2307.08691). Logarithms are to base 2 in here.
+back as one. operations.softmax_attention is the reference. Blocks and the recomputation of the
+backward pass follow FlashAttention-2 (Dao 2023, arXiv 2307.08691). Logarithms are to base 2 in here.
 """
 from functools import partial
 
@@ -192,7 +192,7 @@ def padded(x, shape, value=0):
 
 
 def forward(qkv, bias, row_scale, interpret):
-    """(out, what the backward pass needs). Arrays are padded to the kernels' blocks, and kept so."""
+    """(out, what the backward pass needs). Arrays are padded to whole blocks, and kept so."""
     batch, length, _, heads, features = qkv.shape
     size = -(-length // ROWS) * ROWS
     constants = bias * LOG2E, attention_window(qkv, bias)

@@ -79,26 +79,23 @@ class Activation:
 
 
 def plain(name):
-    """The Activation as it is, with nothing chosen."""
-    require(name in NAMES, f"act must be one of {', '.join(NAMES)}, not {name!r}")
+    """The Activation as it is, with nothing chosen; ValueError for a name that is not of NAMES."""
+    look_up(dict.fromkeys(NAMES), name, "act")
     return Activation(name, slope=SLOPES.get(name, 1.0))
 
 
 def solve(name, transform, depth, alpha=0.0, beta=1.0, eta=0.9, zeta=1.5, tau=0.3):
     """The Activation for a network of `depth` blocks with skips alpha and branches beta.
 
-    Args:
-      name, transform: of NAMES and TRANSFORMS; "none" only makes Q(1) = 1.
-      eta: C_f(0) for TAT of a leaky ReLU, in (0, 1).
-      zeta: the network's slope C_f'(1) for DKS, above 1.
-      tau: the network's curvature C_f''(1) for TAT of a smooth activation, above 0.
-    Raises ValueError for arguments out of range and OutOfReach, with the best value that is
-    attained, for a target that no activation of this name meets.
+    name, transform: of NAMES and TRANSFORMS; "none" only makes Q(1) = 1. eta: C_f(0), for TAT of a
+    leaky ReLU, in (0, 1). zeta: the network's slope C_f'(1), for DKS, above 1. tau: its curvature
+    C_f''(1), for TAT of a smooth activation, above 0. ValueError for arguments out of range;
+    OutOfReach, with the best value attained, for a target that this activation cannot meet.
     """
     look_up(dict.fromkeys(TRANSFORMS), transform, "transform")
+    phi = plain(name)
     if transform == "none":
-        return replace(plain(name), output_scale=plain(name).mean_square()**-0.5)
-    require(name in NAMES, f"act must be one of {', '.join(NAMES)}, not {name!r}")
+        return replace(phi, output_scale=phi.mean_square()**-0.5)
     if transform == "dks":
         require(zeta > 1, f"zeta must be above 1, not {zeta:g}")
         return attain("zeta", zeta, 1.0, lambda z: dks(name, local_slope(z, depth, alpha, beta)))
@@ -111,12 +108,8 @@ def solve(name, transform, depth, alpha=0.0, beta=1.0, eta=0.9, zeta=1.5, tau=0.
 
 # --- Leaky ReLUs: closed forms ----------------------------------------------------------
 
-
 def leaky_correlation(c, slope, shift=0.0):
-    """C(c) of LReLU_s + shift. Without shift, with b = (1 - s)^2 / (pi (1 + s^2)):
-
-    C(c) = c + b (sqrt(1 - c^2) - c arccos c)  (TAT's equation for it).
-    """
+    """C(c) of LReLU_s + shift; without it c + bend (sqrt(1 - c^2) - c arccos c), TAT's equation."""
     c = np.clip(c, -1.0, 1.0)
     bend = (1 - slope)**2 / (np.pi * (1 + slope**2))
     unshifted = c + bend * (np.sqrt((1 - c) * (1 + c)) - c * np.arccos(c))
@@ -152,9 +145,8 @@ def tat_leaky(eta, depth, alpha, beta):
 
 # --- DKS, and TAT of smooth activations -------------------------------------------------
 
-
 def local_slope(zeta, depth, alpha, beta):
-    """psi = C'(1) of a layer, where the network's slope max((alpha^2 + beta^2 psi)^L, psi) is zeta."""
+    """psi = C'(1) of a layer: max((alpha^2 + beta^2 psi)^L, psi), the network's slope, is zeta."""
     return min(zeta, 1 + (zeta**(1 / depth) - alpha**2 - beta**2) / beta**2)
 
 
@@ -245,9 +237,9 @@ def tat_conditions(f, curvature, sign):
 def smallest_shift(name, conditions, target):
     """The Activation that meets both conditions with the smallest |b|, or None.
 
-    On the grid: for each b the first a at which the first condition changes sign, and along that
-    curve the places where the second one does. From there a quasi-Newton search. Roots with
-    a c >= 2 have an unstable Q map and are refused.
+    On the grid: for each b the first a where the first condition changes sign; along that curve
+    the places where the second does; from there a quasi-Newton search. Roots with a c >= 2, whose
+    Q map is unstable, are refused (by the official package for TAT alone).
     """
     first, second, _, _ = conditions(hermite_grid(name), target)
     crosses = (first[:-1] < 0) & (first[1:] >= 0)

@@ -1,13 +1,11 @@
-"""Attention families, one entry each in FAMILIES: what makes one attention differ from another.
+"""Attention families, one entry each in FAMILIES.
 
-To add one, add an entry: `prescribed` makes all of it from a kernel and a schedule alone. The
-formulas are written for NumPy and JAX alike. L = depth, H = heads, T = length; `config` is a
-ModelConfig, of which an entry reads depth, length and the family's own parameter.
+To add one, add an entry: `prescribed` makes it from a kernel and a schedule alone. Formulas are
+for NumPy and JAX alike. `config` is a ModelConfig. L = depth, H = heads, T = length.
 """
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
-from math import ceil, inf
 from typing import Callable
 
 import numpy as np
@@ -22,10 +20,9 @@ class Family:
     bias: config -> {name: (L, H, ...)}, the constants that B is made of; 1 for H: for all heads.
     bias_rows: (those of one layer, queries (S, 1), keys (T,)) -> B (H, S, T), both positions.
     row_sums: config -> D of the paper, (L, H, T); None: there is no D.
-    kernel_maps: config -> for each layer the map of Sigma to the mean over heads of
-        A Sigma A^T, at initialisation; None: A depends on the input.
+    kernel_maps: config -> for each layer, Sigma -> the mean over heads of A Sigma A^T, at the
+        start; None: A depends on the input.
     by_head: (config, f) -> f(parameter before, after) of each layer and head, (L, H, ...).
-    memory: config -> after how many positions D no longer changes.
     parameters: {name: value at the start}, trained, one for each layer and head.
     mix: (a layer's parameters, values, attended), both (..., H, k) -> what the heads give.
     random_queries: whether W^Q is random at the start, instead of 0.
@@ -35,25 +32,26 @@ class Family:
     row_sums: Callable | None = None
     kernel_maps: Callable | None = None
     by_head: Callable | None = None
-    memory: Callable = lambda config: inf
     parameters: dict = field(default_factory=dict)
     mix: Callable = lambda weights, values, attended: attended
     random_queries: bool = False
 
 
 def prescribed(schedules, kernel, log_attention=None, matvec=None, bias=None, bias_names=("bias",),
-               bias_rows=lambda constants, queries, keys: constants["bias"][:, queries[:, 0]],
-               memory=lambda config: inf):
+               bias_rows=lambda constants, queries, keys: constants["bias"][:, queries[:, 0]]):
     """A family whose kernels are prescribed. Kernel and schedules suffice: A = L_out L_in^-1.
 
     schedules: config -> the kernel's parameter by depth, (L + 1,), of each head, or one for all.
-    kernel: (parameter, length) -> Sigma (T, T).
-    What makes the same, but fast: log_attention (before, after, length) -> log A (T, T); matvec
-    (before, after, x (T, n)) -> A x; bias (before, after) -> one number for each of bias_names,
-    with the bias_rows that they make. For memory see Family.
+    kernel: (parameter, length) -> Sigma (T, T). What makes the same, but fast: log_attention
+    (before, after, length) -> log A (T, T); matvec (before, after, x (T, n)) -> A x; bias (before,
+    after) -> one number for each of bias_names, and the bias_rows that they make.
     """
-    log_attention = log_attention or (lambda before, after, length: spa.log_cholesky_attention(
-        kernel(before, length), kernel(after, length)))
+    def log_by_definition(before, after, length):
+        attention = spa.cholesky_attention(kernel(before, length), kernel(after, length))
+        with np.errstate(divide="ignore"):
+            return np.log(spa.non_negative(np.tril(attention)))
+
+    log_attention = log_attention or log_by_definition
     matvec = matvec or (lambda before, after, x: np.exp(log_attention(before, after, len(x))) @ x)
 
     def pairs(config):
@@ -80,7 +78,7 @@ def prescribed(schedules, kernel, log_attention=None, matvec=None, bias=None, bi
             return [spa.row_scale_and_bias(log_attention(*pair, config.length))[1]]
         return dict(zip(bias_names, np.moveaxis(by_head(config, bias or dense), 2, 0)))
 
-    return Family(stacked_bias, bias_rows, row_sums, kernel_maps, by_head, memory)
+    return Family(stacked_bias, bias_rows, row_sums, kernel_maps, by_head)
 
 
 FAMILIES = {
@@ -105,8 +103,7 @@ FAMILIES = {
         lambda constants, queries, keys: (
             -constants["slope"][:, None, None] * (queries - keys)
             + constants["first_key_bias"][:, None, None] * (keys == 0)
-            + constants["self_bias"][:, None, None] * (queries == keys)),
-        lambda config: ceil(16 / min(config.gamma))),  # exp(-16): to 1e-7
+            + constants["self_bias"][:, None, None] * (queries == keys))),
 }
 
 

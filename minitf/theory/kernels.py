@@ -1,10 +1,10 @@
-"""The kernels of a whole network at initialisation, one recursion over depth. float64 NumPy.
+"""The kernels of a whole network at initialisation, by one recursion over depth. float64 NumPy.
 
-Section 3 of the paper keeps kernels exactly in a stack of attention alone, from Sigma_0 = I. In a
-network tokens repeat and every MLP adds correlation. What is common to the tokens grows along the
-sequence, since the rows of A sum to more than 1. The recursion follows that. It serves twice: to
-choose D so that every position keeps mean square 1 (row_scale "unit"), and to predict kernels.
-`config` is a ModelConfig. L = depth, H = heads, T = length.
+Attention alone keeps the prescribed kernels, from Sigma_0 = I. In a network tokens repeat and MLPs
+add correlation, and what is common to the tokens grows along the sequence, since the rows of A sum
+to more than 1. The recursion follows that. It serves twice: to choose D so that every position
+keeps mean square 1 (row_scale "unit"), and to predict kernels. `config` is a ModelConfig.
+L = depth, H = heads, T = length.
 """
 import numpy as np
 
@@ -21,14 +21,10 @@ def kernel_recursion(kernel_maps, kernel, correlation_map, alpha=0.0, beta=1.0, 
         K = mean over heads of A_l Sigma A_l^T,   K <- K / (n n^T),
         Sigma^ = alpha^2 Sigma + beta^2 K,   Sigma' = alpha^2 Sigma^ + beta^2 C(Sigma^).
 
-    Args:
-      kernel_maps: of each block, Sigma -> K.
-      kernel: Sigma_0.
-      correlation_map: C of the MLPs, on correlations.
-      alpha, beta: the weights of skip and branch.
-      norm: whether a normalisation stands before each branch.
-      n: what D = rowsum(A) / n divides by, (L, T); None: sqrt(diag K), which keeps a mean square
-        of 1. Where it is not kept, Sigma is exact for positively homogeneous activations.
+    kernel_maps: Sigma -> K of each block; kernel: Sigma_0; correlation_map: C of the MLPs; alpha,
+    beta: weights of skip and branch; norm: whether a norm stands before each branch; n: what
+    D = rowsum(A) / n divides by, (L, T), None: sqrt(diag K), which keeps a mean square of 1. Where
+    it is not kept, Sigma is exact for positively homogeneous activations.
     """
     for layer, kernel_map in enumerate(kernel_maps):
         attended = kernel_map(correlation(kernel) if norm else kernel)
@@ -85,15 +81,14 @@ def predict_kernels(config, kernel, n=None):
 def position_scale(config):
     """n of D = rowsum(A) / n for each block and position, (L, T), from the expected kernel.
 
-    It is computed for the first positions, as many as attention looks back and at most
-    EXACT_LENGTH. From there on it is level, to a percent of D or so over the depth.
+    It is computed for the first EXACT_LENGTH positions. From there on it is level, to a percent
+    of D or so over the depth.
     """
     if config.row_scale == "row-sum":
         return np.ones((config.depth, config.length))
-    family = FAMILIES[config.attn]
-    require(len(set(config.gamma)) == 1 or config.length <= EXACT_LENGTH,
-            f"gamma must be the same for all heads beyond {EXACT_LENGTH} tokens with row-scale unit")
-    exact = min(config.length, EXACT_LENGTH, family.memory(config))
+    require(len(set(config.gamma)) == 1 or config.length <= EXACT_LENGTH, "gamma must be the same "
+            f"for all heads beyond {EXACT_LENGTH} tokens, unless row-scale is row-sum")
+    exact = min(config.length, EXACT_LENGTH)
     n = np.array([n for n, _ in predict_kernels(config, input_kernel(config, exact))])
     return np.pad(n, ((0, 0), (0, config.length - exact)), mode="edge")
 
@@ -101,10 +96,9 @@ def position_scale(config):
 def attention_constants(config):
     """The constants of attention, {name: float32 array}; {} for families that have none.
 
-    "row_scale": D, (L, H, T). What B is made of: for E-SPA "slope", "first_key_bias" and
-    "self_bias", (L, H); else "bias", (L, H, T, T). 1 for H: the same for all heads. With
-    config.identity_skip also "skip_scale": c / n of A = c I + P, (L, T); D and B are then of P,
-    or of what A has beyond c I where heads differ. ValueError unless all of D is finite.
+    "row_scale": D, (L, H, T). What B is made of: "slope", "first_key_bias" and "self_bias" of
+    E-SPA, (L, H); else "bias", (L, H, T, T). 1 for H: the same for all heads. identity_skip:
+    "skip_scale" too, c / n of A = c I + P, (L, T), and D and B are of what A has beyond c I.
     """
     family = FAMILIES[config.attn]
     if family.row_sums is None:

@@ -1,6 +1,4 @@
-"""Signal-preserving attention: which attention matrices, and why.
-
-He et al., ICLR 2023 (arXiv 2302.10322), section 3. float64 NumPy, no network.
+"""Signal-preserving attention (He et al., ICLR 2023, arXiv 2302.10322, section 3). float64 NumPy.
 
 The kernel of tokens X, shape (T, d), is Sigma = X X^T / d, shape (T, T). With orthogonal W^V and
 W^O and one attention matrix A in every head, attention maps Sigma to A Sigma A^T. So to go from a
@@ -9,10 +7,10 @@ prescribed kernel Sigma_in to the next one, Sigma_out, take their Cholesky facto
     A = L_out L_in^-1,
 
 which is lower triangular, as causal attention must be. A softmax can make it because A >= 0:
-A = D softmax(B), D the row sums of A and B the logarithm of A's rows over D. B and D are constants.
+A = D softmax(B), D the row sums of A and B = log(A / D). B and D are constants.
 
-First the definition, then the same in closed form, then in O(T). Attention matrices are handled
-by their logarithm: their entries fall below what a float64 can hold.
+First the definition, then the same in closed form, then in O(T). A is handled by its logarithm:
+its entries fall below what a float64 can hold.
 """
 import numpy as np
 from scipy import signal
@@ -20,7 +18,6 @@ from scipy import signal
 from ..errors import require
 
 # --- Prescribed kernels, and their schedules over depth ---------------------------------
-
 
 def exponential_kernel(gamma, length):
     """E-SPA: Sigma_ij = exp(-gamma |i - j|), shape (T, T), for gamma > 0; inf is the identity."""
@@ -46,8 +43,7 @@ def exponential_schedule(gamma_last, depth):
     with np.errstate(divide="ignore"):                 # s = 1 to rounding: refused below
         gammas = np.concatenate([[np.inf], -0.5 * log1mexp(-2 * log_s)])
     gammas[-1] = gamma_last                            # not a rounding error beside it
-    require_distinct(gammas[1:], "gamma", gamma_last)
-    return gammas
+    return distinct(gammas, "gamma", gamma_last)
 
 
 def uniform_schedule(rho_last, depth, rho_first=0.0):
@@ -60,14 +56,14 @@ def uniform_schedule(rho_last, depth, rho_first=0.0):
     share = np.arange(depth + 1) / depth
     rhos = 1 - (1 - rho_first) ** (1 - share) * (1 - rho_last) ** share
     rhos[0], rhos[-1] = rho_first, rho_last
-    require_distinct(rhos, "rho", rho_last)
-    return rhos
+    return distinct(rhos, "rho", rho_last)
 
 
-def require_distinct(values, name, last):
-    """ValueError where two layers' kernels are equal: A = I could never learn to attend."""
+def distinct(values, name, last):
+    """values; ValueError where two layers' are equal: A = I could never learn to attend."""
     require(np.all(values[1:] != values[:-1]),
             f"{name} = {last:g} is too extreme: two layers' kernels would be equal")
+    return values
 
 
 def log1mexp(x):
@@ -78,35 +74,29 @@ def log1mexp(x):
 
 # --- The definition: A from two kernels, D and B from A ---------------------------------
 
-
 def cholesky_attention(kernel_in, kernel_out):
     """A = L_out L_in^-1, shape (T, T): E-SPA, U-SPA or any other pair of kernels."""
     return np.linalg.solve(np.linalg.cholesky(kernel_in).T, np.linalg.cholesky(kernel_out).T).T
-
-
-def log_cholesky_attention(kernel_in, kernel_out):
-    """log A of the definition; ValueError unless A >= 0, which a softmax needs."""
-    attention = np.tril(cholesky_attention(kernel_in, kernel_out))
-    require(attention.min() > -1e-12,
-            f"no softmax makes this matrix: an entry is {attention.min():.3g}, allowed is >= 0")
-    with np.errstate(divide="ignore"):
-        return np.log(np.maximum(attention, 0.0))
 
 
 def symmetric_attention(kernel_in, kernel_out):
     """The non-causal form: A = Sigma_out^(1/2) Sigma_in^(-1/2), shape (T, T).
 
     A Sigma_in A^T = Sigma_out for any two kernels. Between two of one family, in the order of its
-    schedule, A was >= 0 in every case tried. ValueError where it is not, beyond rounding.
+    schedule, A was >= 0 in every case tried.
     """
     def power(kernel, exponent):
         values, vectors = np.linalg.eigh(kernel)
         return (vectors * values**exponent) @ vectors.T
 
-    matrix = power(kernel_out, 0.5) @ power(kernel_in, -0.5)
-    require(matrix.min() > -1e-12,
-            f"no softmax makes this matrix: an entry is {matrix.min():.3g}, allowed is >= 0")
-    return np.maximum(matrix, 0.0)
+    return non_negative(power(kernel_out, 0.5) @ power(kernel_in, -0.5))
+
+
+def non_negative(attention):
+    """A without the negative entries that rounding made; ValueError for those beyond it."""
+    require(attention.min() > -1e-12,
+            f"no softmax makes this matrix: an entry is {attention.min():.3g}, allowed is >= 0")
+    return np.maximum(attention, 0.0)
 
 
 def row_scale_and_bias(log_attention):
@@ -117,7 +107,6 @@ def row_scale_and_bias(log_attention):
 
 # --- The same in closed form ------------------------------------------------------------
 
-
 def exponential_log_attention(gamma_in, gamma_out, length):
     """log A of E-SPA, shape (T, T); needs gamma_out < gamma_in.
 
@@ -125,7 +114,8 @@ def exponential_log_attention(gamma_in, gamma_out, length):
     A_11 = 1, A_ii = lambda, A_i1 = phi_out^(i-2) (phi_out - lambda phi_in),
     A_ij = lambda phi_out^(i-j-1) (phi_out - phi_in) for 1 < j < i.
     """
-    require(0 < gamma_out < gamma_in, f"needs 0 < gamma_out < gamma_in, not {gamma_out}, {gamma_in}")
+    require(0 < gamma_out < gamma_in,
+            f"needs 0 < gamma_out < gamma_in, not {gamma_out}, {gamma_in}")
     log_lambda, first, later = exponential_entries(gamma_in, gamma_out)
     position = np.arange(length)
     lag = position[:, None] - position
@@ -169,7 +159,6 @@ def uniform_log_attention(rho_in, rho_out, length):
 
 
 # --- The same for E-SPA in O(T) ---------------------------------------------------------
-
 
 def espa_bias(gamma_in, gamma_out):
     """B of E-SPA as three numbers: (slope, first_key_bias, self_bias).

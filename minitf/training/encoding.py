@@ -48,7 +48,6 @@ def read_text(path):
 
 # --- Encodings ----------------------------------------------------------------------------
 
-
 def load_encoding(name):
     """A tiktoken.Encoding from a rank file, with GPT-2's split pattern, or by its name in tiktoken.
 

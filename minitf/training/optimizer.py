@@ -60,7 +60,6 @@ def learning_rate(training, step):
 
 # --- The transformations ----------------------------------------------------------------
 
-
 def muon_for_matrices():
     """Muon (Jordan et al. 2024) for the blocks' matrices, Adam for the rest, at a rate of 1.
 
