@@ -1,11 +1,13 @@
 """Turns text of any size into tokens, once: python data/prepare.py --out DIR FILES...
 
-Reads WikiText (wiki.train.tokens: an article a document), JSON lines (C4's *.json.gz: a line a document) and plain text
-(a file a document); FILES are files, folders or globs. Drops exact duplicates, ends every document with the end-of-text
-token and writes DIR for run.py --data: tokens.bin (raw, little-endian, to be memory-mapped; held-out documents last),
-tables.npz (the encoding; how often each token is in either part) and manifest.json.
+Reads WikiText (wiki.train.tokens: an article a document), JSON lines (C4's *.json.gz: a line a
+document) and plain text (a file a document); FILES are files, folders or globs. Drops exact
+duplicates, ends every document with the end-of-text token and writes DIR for run.py --data:
+tokens.bin (raw, little-endian, to be memory-mapped; validation documents last), tables.npz (the
+encoding; how often each token is in either part) and manifest.json.
 
-DIR appears when it is whole. Memory does not grow with the corpus, nor do the bytes depend on the number of processes.
+DIR appears when it is whole. Memory does not grow with the corpus, nor do the bytes depend on the
+number of processes.
 """
 import argparse
 import gzip
@@ -32,17 +34,19 @@ import numpy as np
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
-from minitf import checkpoint, data, show                                  # noqa: E402
-from minitf.errors import Parser, require                                         # noqa: E402
+from minitf.cli.progress import clock                                      # noqa: E402
+from minitf.errors import Parser, require                                  # noqa: E402
+from minitf.training import checkpoint, data, encoding as encodings        # noqa: E402
 
-PIECE = 2**20                       # bytes of text that tiktoken gets at once: what is one word takes it longer by the byte
-LINE = 2**26                        # bytes of a line of JSON, which must be in memory as a whole
-BLOCK = 2**21                       # tokens, or documents, in memory at once while duplicates are dropped
+PIECE = 2**20    # bytes of text that tiktoken gets at once: the longer a word, the slower each byte
+LINE = 2**26     # bytes of a line of JSON, which must be in memory as a whole
+BLOCK = 2**21    # tokens, or documents, in memory at once while duplicates are dropped
 JSON_LINES = (".json.gz", ".jsonl.gz", ".jsonl")
 WIKITEXT = re.compile(r"wiki\..*\.(tokens|raw)")
-HEADING = re.compile(rb" = (?!= )[^\n]*(?<! =) = \r?\n")                    # of an article; those of sections have " = = "
+# Of an article; those of sections have " = = ".
+HEADING = re.compile(rb" = (?!= )[^\n]*(?<! =) = \r?\n")
 END = "<|endoftext|>"
-PARTS = ("train", "held_out")
+PARTS = ("train", "validation")
 
 
 def main(arguments=None):
@@ -52,17 +56,22 @@ def main(arguments=None):
     parser.add_argument("files", nargs="+", metavar="FILES", help="files, folders or globs")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
     parser.add_argument("--encoding", default=str(HERE / "shakespeare.tiktoken"), metavar="NAME",
-                        help="a tiktoken encoding, which tiktoken may download, or a rank file (default: 1,024 byte pairs)")
-    parser.add_argument("--suffix", default="", metavar=".py,.md", help="read only such files of folders")
-    parser.add_argument("--held-out", type=float, default=0.01, metavar="SHARE", help="of the documents (default: 0.01)")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), metavar="N", help="default: one a core")
+                        help="a tiktoken encoding, which tiktoken may download, or a rank file "
+                        "(default: 1,024 byte pairs)")
+    parser.add_argument("--suffix", default="", metavar=".py,.md",
+                        help="read only such files of folders")
+    parser.add_argument("--validation-share", type=float, default=0.01, metavar="SHARE",
+                        help="of the documents (default: 0.01)")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), metavar="N",
+                        help="default: one a core")
     flags = parser.parse_args(arguments)
     try:
         prepare(**vars(flags))
     except ValueError as error:
         parser.error(str(error))
     except BrokenProcessPool:
-        parser.error("a worker process was killed, perhaps for want of memory: fewer --processes need less")
+        parser.error("a worker process was killed, perhaps for want of memory: "
+                     "fewer --processes need less")
     except OSError as error:
         parser.error(f"{error.filename or f'cannot write {flags.out}'}: {error.strerror}")
     except MemoryError:
@@ -71,56 +80,75 @@ def main(arguments=None):
         sys.exit(128 + signal.SIGINT)
 
 
-def prepare(files, out, encoding, suffix="", held_out=0.01, processes=1):
-    """Writes the folder `out`, whole; ValueError or OSError, and no folder, where that is not possible."""
-    require(0 <= held_out < 1, f"held-out must be at least 0 and below 1, not {held_out}")
-    require(1 <= processes <= 1024, f"processes must be at least 1 and at most 1024, not {processes}")
+def prepare(files, out, encoding, suffix="", validation_share=0.01, processes=1):
+    """Writes the folder `out`, whole; ValueError or OSError, and no folder, where it cannot."""
+    require(0 <= validation_share < 1,
+            f"validation-share must be at least 0 and below 1, not {validation_share}")
+    require(1 <= processes <= 1024,
+            f"processes must be at least 1 and at most 1024, not {processes}")
     require(not os.path.lexists(out), f"{out} exists: a prepared corpus never overwrites anything")
-    encoding = with_end_of_text(data.load_encoding(encoding))
+    encoding = with_end_of_text(encodings.load_encoding(encoding))
     sources = [(name, Path(name).is_dir(), find_files(name, suffix)) for name in files]
     sizes = [sum(map(os.path.getsize, paths)) for _, _, paths in sources]
     beside = out.absolute().with_name(f".{out.absolute().name}.part")
     beside.mkdir(parents=True, exist_ok=True)
     lock = checkpoint.lock(beside)
     try:
-        for leftover in set(beside.iterdir()) - {beside / "lock"}:         # of a process that was killed
+        for leftover in set(beside.iterdir()) - {beside / "lock"}:   # of a process that was killed
             leftover.unlink()
         with workers(encoding, processes, lock) as encode:
-            skipped = write_documents(beside, encode(tasks(pieces(sources))), held_out, progress(sum(sizes)))
-        manifest = write_corpus(beside, encoding) | {"skipped": skipped, "held_out_share": held_out, "sources": [
-            {"name": name, "files": len(paths), "bytes": size} for (name, _, paths), size in zip(sources, sizes)]}
-        checkpoint.write(beside / "manifest.json", lambda file: file.write(json.dumps(manifest, indent=1).encode()))
+            encoded = encode(tasks(pieces(sources)))
+            skipped = write_documents(beside, encoded, validation_share, progress(sum(sizes)))
+        manifest = write_corpus(beside, encoding)
+        manifest |= {"skipped": skipped, "validation_share": validation_share, "sources": [
+            {"name": name, "files": len(paths), "bytes": size}
+            for (name, _, paths), size in zip(sources, sizes)]}
+        checkpoint.write(beside / "manifest.json",
+                         lambda file: file.write(json.dumps(manifest, indent=1).encode()))
         (beside / "lock").unlink()
         beside.rename(out)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
     for part in PARTS:
-        print(f"{part:12}" + ", ".join(f"{value:,} {name}" for name, value in manifest[part].items()))
-    print(f"{'skipped':12}" + (", ".join(f"{value:,} {name}" for name, value in skipped.items()) or "nothing"))
-    print(f"{out}: {encoding.n_vocab:,} tokens in the encoding; to train on it: python run.py --data {out}")
+        print(f"{part:12}" + listed(manifest[part]))
+    print(f"{'skipped':12}" + (listed(skipped) or "nothing"))
+    print(f"{out}: {encoding.n_vocab:,} tokens in the encoding; "
+          f"to train on it: python run.py --data {out}")
+
+
+def listed(counts):
+    """{name: n} as a person reads it."""
+    return ", ".join(f"{value:,} {name}" for name, value in counts.items())
 
 
 def with_end_of_text(encoding):
     """The encoding, with an end-of-text token at the next free rank if it has none."""
     special = encoding._special_tokens
-    return encoding if END in special else data.make_encoding(
-        encoding.name, encoding._mergeable_ranks, encoding._pat_str, special | {END: encoding.n_vocab})
+    return encoding if END in special else encodings.make_encoding(
+        encoding.name, encoding._mergeable_ranks, encoding._pat_str,
+        special | {END: encoding.n_vocab})
 
 
 def find_files(name, suffix):
-    """The paths that a name stands for; of a folder only those with one of the comma-separated suffixes, if any."""
-    paths, suffixes = data.find_files([name]), tuple(filter(None, suffix.split(",")))
+    """The paths that a name stands for.
+
+    Of a folder only those with one of the comma-separated suffixes, if any.
+    """
+    paths, suffixes = encodings.find_files([name]), tuple(filter(None, suffix.split(",")))
     if Path(name).is_dir() and suffixes:
         paths = [path for path in paths if path.name.endswith(suffixes)]
         require(paths, f"no file in {name} ends with {' or '.join(suffixes)}")
-    return [*map(str, paths)]                                              # of which there may be millions
+    return [*map(str, paths)]                                # of which there may be millions
 
 
-# --- Reading: documents in pieces, as a stream ------------------------------------------------------------------------
+# --- Reading: documents in pieces, as a stream -------------------------------------------
 
 class Piece(NamedTuple):
-    """A document, or a part of one that is too long; where it is from: its number there, what is read of all by then."""
+    """A document, or a part of one that is too long.
+
+    And where it is from: its number there, what is read of all by then.
+    """
     raw: bytes
     is_json: bool
     first: bool
@@ -138,9 +166,10 @@ def pieces(sources):
         for path in map(Path, paths):
             with open(path, "rb") as file:
                 first, is_json = True, path.name.endswith(JSON_LINES)
-                position = file.tell if file.seekable() else int               # of a pipe it is not known
+                position = file.tell if file.seekable() else int     # of a pipe it is not known
                 for number, (raw, last) in enumerate(split_file(path, file), 1):
-                    yield Piece(raw, is_json, first, last, path, is_folder, number, before + position())
+                    yield Piece(raw, is_json, first, last, path, is_folder, number,
+                                before + position())
                     first = last
                 before += position()
 
@@ -163,7 +192,10 @@ def split_file(path, file):
 
 
 def articles(file):
-    """Yields (how many articles have begun, line) of WikiText. A heading stands after an empty line."""
+    """Yields (how many articles have begun, line) of WikiText.
+
+    A heading stands after an empty line.
+    """
     begun, after_empty = 0, True
     for line in iter(lambda: file.readline(PIECE), b""):
         begun += after_empty and HEADING.fullmatch(line) is not None
@@ -172,9 +204,10 @@ def articles(file):
 
 
 def cut(blocks):
-    """A document in blocks of any size -> (piece of PIECE bytes at most, is it the last), cut after a line if there is one.
+    """A document in blocks of any size -> (piece of PIECE bytes at most, is it the last).
 
-    The cuts depend on the document alone. None is within a character.
+    It is cut after a line if there is one. The cuts depend on the document alone. None is within
+    a character.
     """
     held, size = [], 0
     for block in blocks:
@@ -191,7 +224,10 @@ def cut(blocks):
 
 
 def tasks(stream):
-    """Puts whole documents together to lists of about PIECE bytes; a piece of a longer one stays alone."""
+    """Puts whole documents together to lists of about PIECE bytes.
+
+    A piece of a longer one stays alone.
+    """
     task, size = [], 0
     for piece in stream:
         alone = not (piece.first and piece.last)
@@ -204,21 +240,27 @@ def tasks(stream):
         yield task
 
 
-# --- Encoding, in processes of its own --------------------------------------------------------------------------------
+# --- Encoding, in processes of its own ---------------------------------------------------
 
 @contextmanager
 def workers(encoding, processes, lock):
-    """A function of tasks: yields (task, what encode_task makes of it) in their order, with a few under way at a time."""
-    global ENCODING                                                            # forked processes have it without ado
+    """A function of tasks: yields (task, what encode_task makes of it).
+
+    In their order, with a few under way at a time.
+    """
+    global ENCODING                                          # forked processes have it without ado
     ENCODING, pipe = encoding, os.pipe()
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), start_worker, (lock, *pipe))
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), start_worker,
+                               (lock, *pipe))
 
     def encode(stream):
-        if processes == 1:
-            yield from ((task, encode_task([piece[:4] for piece in task])) for task in stream)
         waiting = deque()
         for task in stream:
-            waiting.append((task, pool.submit(encode_task, [piece[:4] for piece in task])))
+            sent = [piece[:4] for piece in task]
+            if processes == 1:
+                yield task, encode_task(sent)
+                continue
+            waiting.append((task, pool.submit(encode_task, sent)))
             if len(waiting) > 2 * processes:
                 task, future = waiting.popleft()
                 yield task, future.result()
@@ -233,7 +275,10 @@ def workers(encoding, processes, lock):
 
 
 def start_worker(lock, reading, writing):
-    """Leaves Ctrl-C and the lock to the main process and ends with it, however that ends: the pipe is closed then."""
+    """Leaves Ctrl-C and the lock to the main process, and ends with it.
+
+    However that ends: the pipe is closed then.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     lock.close()
     os.close(writing)
@@ -241,9 +286,10 @@ def start_worker(lock, reading, writing):
 
 
 def encode_task(task):
-    """[(raw, is_json, first, last)], n pieces -> their tokens, how many of each (n,), digests (n, 32), {which: why it is no text}.
+    """n pieces, [(raw, is_json, first, last)] -> (tokens, counts, digests, firsts, problems).
 
-    And, fourth, the digests of their first parts, (n, 32). What is blank or no text has no tokens.
+    Their tokens; how many of each, (n,); their digests, (n, 32); those of their first parts,
+    (n, 32); {which: why it is no text}. What is blank or no text has no tokens.
     """
     tokens, digests, firsts, problems = [], [], [], {}
     for which, (raw, is_json, first, last) in enumerate(task):
@@ -252,20 +298,25 @@ def encode_task(task):
             parts = texts(raw, is_json, blank=first and last)
         except ValueError as error:
             problems[which] = str(error)
-        end = np.array([ENCODING._special_tokens[END]] * (last and len(parts) > 0), data.dtype(ENCODING))
-        tokens.append(np.concatenate([data.encode(parts or [""], ENCODING), end]))
+        end = np.array([ENCODING._special_tokens[END]] * (last and len(parts) > 0),
+                       encodings.dtype(ENCODING))
+        tokens.append(np.concatenate([encodings.encode(parts or [""], ENCODING), end]))
         own = [hashlib.sha256(part.encode()).digest() for part in parts or [""]]
         digests.append(combine(own))
         firsts.append(own[0])
     array = lambda hashes: np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 32)
-    return np.concatenate(tokens), np.array([*map(len, tokens)]), array(digests), array(firsts), problems
+    counts = np.array([*map(len, tokens)])
+    return np.concatenate(tokens), counts, array(digests), array(firsts), problems
 
 
 def texts(raw, is_json, blank):
-    """The text of a piece in parts of PIECE bytes at most; none where it may be blank and is. ValueError if it is no text."""
+    """The text of a piece in parts of PIECE bytes at most; none where it may be blank and is.
+
+    ValueError if it is no text.
+    """
     try:
         if is_json and raw.strip():
-            text = json.loads(raw)["text"]                                     # JSON can escape what UTF-8 has no place for
+            text = json.loads(raw)["text"]             # JSON can escape what UTF-8 has no place for
             raw = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
         require(is_json or b"\0" not in raw, "is not text: it has NUL characters")
         return [] if blank and not raw.strip() else [part.decode() for part, _ in cut([raw])]
@@ -280,82 +331,105 @@ def combine(digests):
     return digests[0] if len(digests) == 1 else hashlib.sha256(b"".join(digests)).digest()
 
 
-# --- Writing ------------------------------------------------------------------------------------------------------------
+# --- Writing -----------------------------------------------------------------------------
 
 def write_documents(folder, encoded, share, show):
-    """Writes both parts' tokens (.bin) and their documents' digests (.digests) and .ends; -> {why: how many are skipped}."""
+    """Writes both parts' tokens (.bin), and their documents' digests (.digests) and ends (.ends).
+
+    share: of the documents, those that are for validation, by the digest of their first part.
+    Returns {why: how many are skipped}.
+    """
     skipped, ends = Counter(), [0, 0]
     with ExitStack() as stack:
-        files = [[stack.enter_context(open(folder / f"{part}.{kind}", "wb")) for kind in ("bin", "digests", "ends")]
-                 for part in PARTS]
+        def open_both(kind):
+            return [stack.enter_context(open(folder / f"{part}.{kind}", "wb")) for part in PARTS]
+
+        bins, digest_files, end_files = map(open_both, ("bin", "digests", "ends"))
 
         def add(part, counts, digests):
             """Documents whose tokens are written already."""
             stops = ends[part] + np.cumsum(counts)
-            files[part][1].write(digests[:, :16].tobytes())
-            files[part][2].write(stops.astype("<i8").tobytes())
+            digest_files[part].write(digests[:, :16].tobytes())
+            end_files[part].write(stops.astype("<i8").tobytes())
             ends[part] = int(stops[-1])
 
         for task, (tokens, counts, digests, firsts, problems) in encoded:
-            for piece, problem in ((task[which], problem) for which, problem in problems.items()):
-                require(piece.may_be_skipped, f"{f'line {piece.number} of ' * piece.is_json}{piece.path} {problem}")
-            held_out = firsts[:, :8].copy().view("<u8")[:, 0] < share * 2**64
+            for which, problem in problems.items():
+                piece = task[which]
+                place = f"line {piece.number} of {piece.path}" if piece.is_json else piece.path
+                require(piece.may_be_skipped, f"{place} {problem}")
+            validation = firsts[:, :8].copy().view("<u8")[:, 0] < share * 2**64
             if task[0].first and task[0].last:
-                skipped += Counter({"no text": len(problems), "blank": int((counts == 0).sum()) - len(problems)})
-                for part, chosen in enumerate([~held_out & (counts > 0), held_out & (counts > 0)]):
+                blank = int((counts == 0).sum()) - len(problems)
+                skipped += Counter({"no text": len(problems), "blank": blank})
+                for part, chosen in enumerate([~validation, validation]):
+                    chosen = chosen & (counts > 0)
                     if chosen.any():
-                        files[part][0].write(tokens[np.repeat(chosen, counts)].tobytes())
+                        bins[part].write(tokens[np.repeat(chosen, counts)].tobytes())
                         add(part, counts[chosen], digests[chosen])
-            else:                                                              # a piece of a long document
+            else:                                            # a piece of a long document
                 if task[0].first:
-                    part, size, own, fine = int(held_out[0]), 0, [], True
-                files[part][0].write(tokens.tobytes())
-                size, own, fine = size + len(tokens), own + [digests[0].tobytes()], fine and not problems
+                    part, size, own, fine = int(validation[0]), 0, [], True
+                bins[part].write(tokens.tobytes())
+                size, own = size + len(tokens), own + [digests[0].tobytes()]
+                fine = fine and not problems
                 if task[0].last and fine:
                     add(part, [size], np.frombuffer(combine(own), np.uint8)[None])
                 elif task[0].last:
-                    files[part][0].truncate(files[part][0].seek(ends[part] * tokens.itemsize))
+                    bins[part].truncate(bins[part].seek(ends[part] * tokens.itemsize))
                     skipped["no text"] += 1
             show(task[-1].read, sum(ends))
     return dict(skipped)
 
 
 def write_corpus(folder, encoding):
-    """Drops duplicates: writes tokens.bin, in train.bin's place, so that the disk holds them once, and tables.npz; -> manifest."""
-    manifest, counts, checksum = {"minitf": data.PREPARED}, np.zeros((2, encoding.n_vocab), np.int64), hashlib.sha256()
+    """Drops duplicates; writes tokens.bin and tables.npz. Returns what the manifest says of them.
+
+    tokens.bin takes train.bin's place, so that the disk holds the tokens once.
+    """
+    manifest, checksum = {"minitf": data.PREPARED}, hashlib.sha256()
+    counts, kind = np.zeros((2, encoding.n_vocab), np.int64), encodings.dtype(encoding)
     with open(folder / "train.bin", "r+b") as out:
         for number, part in enumerate(PARTS):
             stops = mapped(folder / f"{part}.ends", "<i8")
             kept = first_ones(folder / f"{part}.digests", folder / "kept", len(stops))
-            for block in kept_tokens(folder / f"{part}.bin", data.dtype(encoding), stops, kept):
-                out.write(block)                                               # never beyond what is read already
+            for block in kept_tokens(folder / f"{part}.bin", kind, stops, kept):
+                out.write(block)                             # never beyond what is read already
                 checksum.update(block)
                 counts[number] += np.bincount(block, minlength=encoding.n_vocab)
-            manifest[part] = {"documents": int(kept.sum()), "duplicates": len(kept) - int(kept.sum()), "tokens": int(
-                counts[number].sum()), "bytes": int(counts[number] @ data.byte_lengths(encoding))}
+            manifest[part] = {"documents": int(kept.sum()),
+                              "duplicates": len(kept) - int(kept.sum()),
+                              "tokens": int(counts[number].sum()),
+                              "bytes": int(counts[number] @ encodings.byte_lengths(encoding))}
         out.truncate()
         os.fsync(out.fileno())
     require(counts.any(), "there is no text in any of the files")
-    pairs, names = data.pack_encoding(encoding)
+    pairs, names = encodings.pack_encoding(encoding)
     checkpoint.write(folder / "tables.npz", lambda file: np.savez(file, counts=counts, **pairs))
     (folder / "train.bin").rename(folder / "tokens.bin")
-    for path in {*folder.iterdir()} - {folder / "lock", folder / "tokens.bin", folder / "tables.npz"}:
+    stays = {folder / name for name in ("lock", "tokens.bin", "tables.npz")}
+    for path in {*folder.iterdir()} - stays:
         path.unlink()
-    tables, tokens = (folder / "tables.npz").read_bytes(), mapped(folder / "tokens.bin", data.dtype(encoding))
-    return manifest | {"encoding": names, "vocabulary": encoding.n_vocab, "dtype": tokens.dtype.str, "files": {
-        "tokens.bin": {"bytes": tokens.nbytes, "sha256": checksum.hexdigest(), "sample": data.sample_checksum(tokens)},
-        "tables.npz": {"bytes": len(tables), "sha256": hashlib.sha256(tables).hexdigest()}}}
+    tables, tokens = (folder / "tables.npz").read_bytes(), mapped(folder / "tokens.bin", kind)
+    files = {
+        "tokens.bin": {"bytes": tokens.nbytes, "sha256": checksum.hexdigest(),
+                       "sample": data.sample_checksum(tokens)},
+        "tables.npz": {"bytes": len(tables), "sha256": hashlib.sha256(tables).hexdigest()}}
+    return manifest | {"encoding": names, "vocabulary": encoding.n_vocab,
+                       "dtype": tokens.dtype.str, "files": files}
 
 
 def mapped(path, kind, mode="r"):
     """A file as an array that stays on disk; mmap itself refuses an empty one."""
-    return np.memmap(path, kind, mode).view(np.ndarray) if path.stat().st_size else np.zeros(0, kind)
+    empty = path.stat().st_size == 0
+    return np.zeros(0, kind) if empty else np.memmap(path, kind, mode).view(np.ndarray)
 
 
 def first_ones(source, target, count):
-    """Which of the documents are the first with their digest, (n,) of bool, in a file, from the file of digests, (n, 2).
+    """Which of the documents are the first with their digest: (n,) of bool, in the file `target`.
 
-    BLOCK documents or so are in memory at a time: those whose digests leave the same remainder.
+    source: the file of digests, (n, 2). BLOCK documents or so are in memory at a time: those whose
+    digests leave the same remainder.
     """
     target.write_bytes(b"")
     os.truncate(target, count)
@@ -370,23 +444,30 @@ def first_ones(source, target, count):
                 index.append(start + chosen)
         if found:
             found, index = np.concatenate(found), np.concatenate(index)
-            order = np.lexsort(found.T)                                        # stable: the first of equal ones stays first
+            order = np.lexsort(found.T)              # stable: the first of equal ones stays first
             dropped[index[order[1:]]] = (found[order[1:]] == found[order[:-1]]).all(1)
     return np.logical_not(dropped, out=dropped)
 
 
 def kept_tokens(path, kind, stops, kept):
-    """Yields the tokens of the documents kept, BLOCK read at a time; `stops`: where documents end."""
+    """Yields the tokens of the documents kept, BLOCK read at a time.
+
+    stops: where documents end.
+    """
     with open(path, "rb") as file:
         for start in range(0, int(stops[-1]) if len(stops) else 0, BLOCK):
             block = np.fromfile(file, kind, BLOCK)
             first, last = np.searchsorted(stops, [start, start + len(block) - 1], side="right")
-            lengths = np.diff(np.clip(stops[first:last + 1], start, start + len(block)), prepend=start)
+            ends = np.clip(stops[first:last + 1], start, start + len(block))
+            lengths = np.diff(ends, prepend=start)
             yield block[np.repeat(kept[first:last + 1], lengths)]
 
 
 def progress(total):
-    """A function that shows how far it is: in place on a terminal, now and then a line of its own elsewhere."""
+    """A function that shows how far it is.
+
+    In place on a terminal, elsewhere now and then by a line of its own.
+    """
     started = shown = time.monotonic()
     terminal = sys.stdout.isatty()
 
@@ -395,9 +476,11 @@ def progress(total):
         now, whole = time.monotonic(), read >= total
         if now - shown > (0.5 if terminal else 30) or terminal and whole:
             shown, rate = now, read / (now - started)
-            line = f"{read / max(total, 1):4.0%} of {total / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s, {tokens:,} tokens, " \
-                   f"{show.clock((total - read) / max(rate, 1))} left"
-            print(f"\r{line:79}" if terminal else line, end="" if terminal and not whole else "\n", flush=True)
+            left = clock((total - read) / max(rate, 1))
+            line = (f"{read / max(total, 1):4.0%} of {total / 1e6:,.0f} MB, "
+                    f"{rate / 1e6:.1f} MB/s, {tokens:,} tokens, {left} left")
+            print(f"\r{line:79}" if terminal else line,
+                  end="" if terminal and not whole else "\n", flush=True)
 
     return say
 

@@ -1,50 +1,58 @@
-"""Why a chain without shortcuts learns slowly, and what mends it: the rank of what it passes on, at initialisation or later.
+"""Why a network without shortcuts learns slowly, and what mends it: the rank of its Jacobian.
 
-    python experiments/isometry.py [--widths 64 256]         at initialisation: prints a table, draws isometry.png
-    python experiments/isometry.py --trained DIR...          of models that run.py trained, along held-out text: prints a table
+    python experiments/isometry.py [--widths 64 256]     initialised: prints a table, isometry.png
+    python experiments/isometry.py --trained DIR...      trained by run.py: prints a table
 
-The kernels of signal-preserving attention and TAT say how alike two tokens' vectors are, in the mean over weights. They do not
-say how many directions a token's vector can move in. Here J_l is the derivative of the last position after block l by
-its own embedding, a d x d matrix, along a text (at initialisation random vectors). Its participation ratio
-(sum s^2)^2 / sum s^4 of the singular values s is d where all are equal, and 1 where one direction is all that arrives.
+The kernels of signal-preserving attention and TAT say how alike two tokens' vectors are, in the
+mean over weights. They do not say in how many directions a token's vector can move. Here J_l is
+the derivative of the last position after block l by its own embedding, a d x d matrix, along a
+text (at initialisation random vectors). Its effective rank is the participation ratio
+(sum s^2)^2 / sum s^4 of the singular values s: d where all are equal, 1 where one is all there is.
 """
-import argparse
-import sys
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from records import HERE, figure, header, parser, row
+from trials import start
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+import minitf
+from minitf.network import model
+from minitf.training import checkpoint, data
 
-from minitf import Config, checkpoint, data, model, theory                     # noqa: E402
-from run import DATA                                                           # noqa: E402
-
-NETWORKS = {                                                                   # name: flags
-    "looks linear (--block vanilla)": dict(block="vanilla"),
-    "orthogonal, TAT with eta 0.5": dict(block="paper", eta=0.5),
-    "orthogonal, TAT with eta 0.9 (--block paper)": dict(block="paper"),
-    "weighted skips (--block weighted)": dict(block="weighted"),
-    "Pre-LN (--block preln)": dict(block="preln"),
+BLOCKS = (1, 6, 12, 36)
+TITLES, OPS = [f"block {block}" for block in BLOCKS], model.REFERENCE
+NETWORKS = {                                           # name: flags
+    "isometric: looks-linear": dict(preset="isometric"),
+    "orthogonal, TAT with eta 0.5": dict(preset="paper", eta=0.5),
+    "paper: orthogonal, TAT with eta 0.9": dict(preset="paper"),
+    "normless: weighted skips": dict(preset="normless"),
+    "preln": dict(preset="preln"),
 }
 
 
 @partial(jax.jit, static_argnames="config")
 def jacobians(params, constants, x, config):
-    """x (T, d) -> J_1, ..., J_L, and of each block those of its first half, with attention, and its second, (L, d, d) each."""
+    """x (T, d) -> J_1, ..., J_L and those of each block's sublayers, attention and MLP: (L, d, d).
+
+    Each by the last position alone.
+    """
     def step(carry, layer):
         (x, jacobian), (weights, constants) = carry, layer
-        first, second = lambda x: model.first_half(x, weights, constants, config), lambda x: model.second_half(x, weights, config)
-        of_last = lambda half, x: jax.jacrev(lambda last: half(x.at[-1].set(last))[-1])(x[-1])
-        halfway = first(x)
-        halves = of_last(first, x), of_last(second, halfway)
-        jacobian = halves[1] @ halves[0] @ jacobian
-        return (second(halfway), jacobian), (jacobian, *halves)
+        attend = lambda x: model.attention_sublayer(x, weights, constants, config, OPS)
+        mlp = lambda x: model.mlp_sublayer(x, weights, config, OPS)
+        first, second = of_last(attend, x), of_last(mlp, attend(x))
+        jacobian = second @ first @ jacobian
+        return (mlp(attend(x)), jacobian), (jacobian, first, second)
 
-    return jax.lax.scan(step, (x, jnp.eye(config.width)), model.layers(params, constants, config))[1]
+    start = x, jnp.eye(config.width)
+    return jax.lax.scan(step, start, model.layers(params, constants, config))[1]
+
+
+def of_last(sublayer, x):
+    """The derivative of the last row of sublayer(x) by the last row of x, (d, d)."""
+    return jax.jacrev(lambda last: sublayer(x.at[-1].set(last))[-1])(x[-1])
 
 
 def singular_values(matrices):
@@ -52,52 +60,56 @@ def singular_values(matrices):
     return np.linalg.svd(np.asarray(matrices, float), compute_uv=False)
 
 
-def at_initialisation(config, seed=0):
-    """(L, d): the singular values of J_1, ..., J_L."""
-    params, constants = model.init(jax.random.key(seed), config, 1024), theory.constants(config)
-    x = jax.random.normal(jax.random.key(seed + 1), (config.length, config.width))
-    return singular_values(jacobians(params, constants, x, config)[0])
-
-
-def participation(s):
+def effective_rank(s):
     return (s**2).sum(-1)**2 / (s**4).sum(-1)
 
 
-def trained(folder, windows=8):
-    """A table's line: the mean of what some windows of held-out text show."""
-    config, params, constants, encoding = checkpoint.load_model(folder)
-    texts = data.spread_windows(data.load(str(DATA), encoding, config.length).held_out, config.length, windows)[:, :-1]
-    s = [[singular_values(each) for each in jacobians(params, constants, model.embed(params, text, config), config)] for text in texts]
-    ranks, first, second = (np.mean(each, 0) for each in zip(*((participation(whole), *halves) for whole, *halves in s)))
-    spread = lambda values: ", ".join(f"{value:.2f}" for value in np.quantile(values.mean(0), (1, 0.75, 0.5, 0.25, 0)))
-    return " | ".join(["", folder, *(f"{ranks[layer - 1]:.1f}" for layer in (1, 6, 12, 36)), spread(first), spread(second), ""]).strip()
+def at_initialisation(settings):
+    """(L, d): the singular values of J_1, ..., J_L."""
+    params, _, constants, _ = start(settings, 1024)
+    x = jax.random.normal(jax.random.key(1), (settings.model.length, settings.model.width))
+    return singular_values(jacobians(params, constants, x, settings.model)[0])
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--widths", type=int, nargs="+", default=[64, 256])
-    parser.add_argument("--trained", nargs="+", metavar="DIR")
-    arguments = parser.parse_args()
-    if arguments.trained:
-        print("| model | block 1 | block 6 | block 12 | block 36 | attention: largest, quartiles, least | MLP |\n| --- |" + " --- |" * 6)
-        return print("\n".join(trained(folder) for folder in arguments.trained))
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(1, len(arguments.widths), figsize=(5 * len(arguments.widths), 3.8), layout="constrained", squeeze=False)
-    print("| initialisation | width | " + " | ".join(f"block {layer}" for layer in (1, 6, 12, 36)) + " | condition, block 36 |")
-    print("| --- |" + " --- |" * 6)
-    for width, axis in zip(arguments.widths, axes[0]):
+def trained(folders, count=8):
+    """Prints a table: means over some windows of each model's validation text."""
+    print(header("model", *TITLES, "attention: largest, quartiles, least", "MLP"))
+    spread = lambda s: ", ".join(f"{q:.2f}" for q in np.quantile(s, (1, 0.75, 0.5, 0.25, 0)))
+    for folder in folders:
+        saved, _ = checkpoint.newest(folder)
+        config, params, constants, encoding = checkpoint.model_of(saved)
+        corpus = data.load(saved.settings.data, config.length, encoding)
+        windows = data.spread_windows(corpus.validation, config.length, count)[:, :-1]
+        embedded = (model.embed(params, window, config) for window in windows)
+        s = singular_values([jacobians(params, constants, x, config) for x in embedded])
+        ranks, halves = effective_rank(s[:, 0]).mean(0), s[:, 1:].mean((0, 2))
+        print(row(folder, *some(ranks), *map(spread, halves)))          # s: (windows, 3, L, d)
+
+
+def some(ranks):
+    """Of BLOCKS; the last one's for those beyond it."""
+    return [f"{ranks[min(block, len(ranks)) - 1]:.1f}" for block in BLOCKS]
+
+
+def draw(widths):
+    """At initialisation: prints the table and draws isometry.png."""
+    picture, axes = figure((5 * len(widths), 3.8), 1, len(widths), squeeze=False)
+    print(header("initialisation", "width", *TITLES, f"condition, block {BLOCKS[-1]}"))
+    for width, axis in zip(widths, axes[0]):
         for (name, flags), style in zip(NETWORKS.items(), ("k-", "k-.", "k--", "C7-", "C7:")):
-            s = at_initialisation(Config(depth=36, width=width, heads=4, length=32, repeat_rate=0.0, **flags))
-            rank = participation(s)
-            print(f"| {name} | {width} | " + " | ".join(f"{rank[layer - 1]:.1f}" for layer in (1, 6, 12, 36)) +
-                  f" | {s[-1, 0] / s[-1, -1]:.2g} |", flush=True)
-            axis.plot(np.arange(1, 37), rank, style, label=name)
-        axis.set(xlabel="block", ylabel="directions that arrive", yscale="log", title=f"width {width}")
+            s = at_initialisation(minitf.resolve(width=width, length=32, **flags))
+            ranks = effective_rank(s)
+            print(row(name, width, *some(ranks), f"{s[-1, 0] / s[-1, -1]:.2g}"), flush=True)
+            axis.plot(np.arange(len(ranks)) + 1, ranks, style, label=name)
+        axis.set(xlabel="block", ylabel="effective rank of the Jacobian", yscale="log",
+                 title=f"width {width}")
     axes[0][0].legend(fontsize="x-small")
-    figure.savefig(HERE / "isometry.png", dpi=110)
+    picture.savefig(HERE / "isometry.png", dpi=110)
 
 
 if __name__ == "__main__":
-    main()
+    arguments = parser(__doc__)
+    arguments.add_argument("--widths", type=int, nargs="+", default=[64, 256])
+    arguments.add_argument("--trained", nargs="+", metavar="DIR")
+    given = arguments.parse_args()
+    trained(given.trained) if given.trained else draw(given.widths)

@@ -1,216 +1,226 @@
-"""The headline experiments: which deep networks train without shortcuts, and at whose pace.
+"""Trials: which deep networks train without shortcuts, and how fast.
 
-    python experiments/headline.py run STAGE [NAME ...] --data DIR    trains the runs of a stage, adds them to headline.jsonl
-    python experiments/headline.py report                             results.md's tables and the curves, from that file
+    python experiments/trials.py run SWEEP [NETWORK ...] --data DIR [--together 8]
+    python experiments/trials.py report          prints tables, draws trials.png
 
-DIR is a folder that data/prepare.py made. Runs that differ in rates, gamma and seed alone are trained side by side, as lanes
-of one program (vmap): each sees what it would see alone. A run that is in headline.jsonl is not repeated. What is run: headline_runs.py.
+DIR is a folder that data/prepare.py made. sweeps.py says what sweeps there are; without networks,
+all are trained. Trials that differ in rates, gamma and seed alone are trained side by side, up to
+8 in one program (vmap): each sees what it would see alone. Each is added to trials.jsonl when it
+has ended; what is there is not repeated. `flags` in a record are those of its revision, and so is
+what a network's name stands for.
 """
-import argparse
 import json
 import math
-import sys
-import time
+from collections import Counter
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
+from itertools import product
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from records import HERE, add, command, figure, header, read, row
+from sweeps import NETWORKS, SHAPE, SWEEPS, VARIED, trials
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+import minitf
+from minitf.config import DataConfig
+from minitf.training import data as corpora
+from minitf.training import encoding, optimizer, train
 
-from headline_runs import CONTENDERS, LANE, OF_ATTENTION, SAME, SHAPE, STAGES, TRIALS, at_width           # noqa: E402
+RECORDS, WINDOWS = HERE / "trials.jsonl", 512
+STATED = (*VARIED, "decay_groups", "pull_groups")       # of a trial, besides its flags
 
-METRICS = HERE / "headline.jsonl"
+# --- Training ---------------------------------------------------------------------------
 
-
-def stage_runs(stage, name):
-    """[(flags, lanes)] of a contender in a stage: from its best trial, or where the stage's name ends in "default" as run.py does it."""
-    shape = SHAPE | CONTENDERS[name]
-    if stage == "tune":
-        return [(shape, TRIALS.get(name, []))]
-    if name not in STAGES[stage]:
-        return []
-    how = STAGES[stage][name]
-    shape = shape | how.get("flags", {})
-    best = default_lane(shape) if stage.endswith("default") else at_width(tuned(name), shape["width"])
-    lanes = [best | change | dict(seed=seed) for change in how.get("changes", ({},)) for seed in how.get("seeds", (0,))]
-    return [(shape | dict(steps=round(shape["steps"] * multiple)), lanes) for multiple in how.get("steps", (1,))]
-
-
-def tuned(name):
-    """The trial with the least held-out loss."""
-    runs = [run for run in read_runs() if run["stage"] == "tune" and run["name"] == SAME.get(name, name) and math.isfinite(run["held_out"])]
-    return lane_of(min(runs, key=lambda run: run["held_out"]))
-
-
-def default_lane(shape):
-    """What run.py does with these flags; LANE's values of what has no effect there."""
-    from minitf import Config
-    config = Config(**shape)
-    used = dict(gamma=config.attn == "espa", gamma_far=config.far > 0)
-    return {name: getattr(config, name) if used.get(name, True) else value for name, value in LANE.items()}
-
-
-def read_runs():
-    """Every line of headline.jsonl: a run, with its training losses up to steps "at" where they were kept."""
-    return [LANE | json.loads(line) for line in METRICS.read_text().splitlines()] if METRICS.exists() else []
+def run(names, data, together):
+    """Trains trials of the sweeps and networks of these names, `together` of them at a time."""
+    corpus = corpora.load(DataConfig(data=data, val_data=None, encoding=None), SHAPE["length"])
+    where = dict(collision_rate=corpora.token_collision_rate(corpus.train_counts),
+                 backend=jax.default_backend())
+    size = corpus.validation_counts @ encoding.byte_lengths(corpus.encoding)
+    bits = len(corpus.validation) / size / math.log(2)            # per byte, of a nat per token
+    networks = [name for name in names if name in NETWORKS] or NETWORKS
+    for sweep, name in product([name for name in names if name in SWEEPS], networks):
+        settings = [minitf.resolve(**where, **flags) for flags in trials(sweep, name)]
+        missing = {identity(name, each.flags, stated(each)): each for each in settings}
+        for record in read(RECORDS):
+            missing.pop(identity(record["name"], record["flags"], record), None)
+        for first in range(0, len(missing), together):
+            group = [*missing.values()][first:first + together]
+            ended = train_together(group, corpus, encoding.vocabulary(corpus.encoding))
+            for each, result in zip(group, ended):
+                record = stated(each) | summary(*result, bits)
+                add(RECORDS, sweep=sweep, name=name, **record, device=jax.devices()[0].device_kind,
+                    flags=dict(preset=each.preset, **each.flags), revision=minitf.__version__)
+                norms = [f"{when} {norm:.3g}" for when, norm in record["grad_norm"].items()]
+                print(f"{name}, {each.training.steps} steps, {rates(record)}, "
+                      f"seed {record['seed']}: validation loss {loss(record)}; gradient norm "
+                      + ", ".join(norms), flush=True)
 
 
-def lane_of(run):
-    return {name: run[name] for name in LANE}
+def stated(settings):
+    """{name: value} of what a record states; only espa has a gamma."""
+    values = vars(settings.model) | vars(settings.training)
+    return {name: values[name] for name in STATED if name != "gamma" or values["attn"] == "espa"}
 
 
-# --- Training lanes side by side ----------------------------------------------------------------------------------------
-
-def run_stage(stage, names, folder):
-    import jax
-    from minitf import Config, data, model
-    corpus = data.load(str(folder), None, SHAPE["length"])
-    bits = len(corpus.held_out) / (corpus.held_out_counts @ data.byte_lengths(corpus.encoding)) / math.log(2)
-    model.STRAIGHT = 0                                    # many short programs: a loop, which compiles sooner
-    for name, flags, lanes in [(name, *each) for name in names for each in stage_runs(stage, name)]:
-        done = [lane_of(run) for run in read_runs() if (run["stage"], run["name"], run["flags"]["steps"]) == (stage, name, flags["steps"])]
-        lanes = [lane for lane in lanes if lane not in done]
-        if not lanes:
-            continue
-        config, begin = Config(**flags, repeat_rate=data.repeat_rate(corpus.train_counts)), time.perf_counter()
-        at, losses, by_position = train_lanes(config, lanes, corpus, data.vocabulary(corpus.encoding))
-        held_out, seconds = by_position.mean(1).tolist(), time.perf_counter() - begin
-        with open(METRICS, "a") as file:
-            for number, lane in enumerate(lanes):
-                octaves = [float(by_position[number][2**k - 1:2**(k + 1) - 1].mean()) for k in range(config.length.bit_length() - 1)]
-                file.write(json.dumps(dict(
-                    stage=stage, name=name, **lane, held_out=held_out[number], bits_per_byte=held_out[number] * bits, flags=flags, octaves=octaves,
-                    device=jax.devices()[0].device_kind, at=at.tolist(), loss=losses[:, number].astype(float).round(3).tolist())) + "\n")
-        print(f"{stage} {name} {config.steps} steps, {seconds:.0f} s: " + "; ".join(
-            f"{rates(lane)}, seed {lane['seed']}: {value:.3f}" for lane, value in zip(lanes, held_out)), flush=True)
+def identity(name, flags, values):
+    """Alike for trials that are the same, be they settings or records."""
+    return json.dumps([name, *map(flags.get, SHAPE), *map(values.get, STATED)])
 
 
-def train_lanes(config, lanes, corpus, vocabulary, every=10, windows=512):
-    """Trains one network a lane: (steps, mean training losses up to them (n, lanes), final held-out losses by position
-    (lanes, T)), in nats a token.
+def start(settings, vocabulary):
+    """(params, optimizer state, constants, rates): what the first training step is given."""
+    model, how = settings.model, settings.training
+    params = initialise(jax.random.key(how.seed), config=model, vocabulary=vocabulary)
+    fixed = minitf.attention_constants(model), optimizer.group_rates(how, model)
+    state = optimizer.make_optimizer(how.optimizer).init(params)
+    return params, state, *jax.tree.map(jnp.asarray, fixed)
 
-    The optimizer runs at a rate of 1 and each lane steers its updates: one program for all.
+
+initialise = jax.jit(minitf.init, static_argnames=("config", "vocabulary"))
+
+
+@partial(jax.jit, static_argnums=(6, 7), donate_argnums=(0, 1))
+def step_together(*arguments):
+    """train_step, where all but config and optimizer has a first axis of trials."""
+    return jax.vmap(lambda *trees: train.train_step.__wrapped__(*trees, *arguments[6:]))(
+        *arguments[:6])
+
+
+def train_together(settings, corpus, vocabulary):
+    """Trains networks that differ in VARIED alone, a single one by run.py's own program.
+
+    Yields for each (losses, gradient norms, validation losses by position): (steps,) twice, (T,).
     """
-    import jax
-    import jax.numpy as jnp
-    import optax
-    from minitf import data, model, theory, train
-    optimizer = train.make_optimizer(replace(config, learning_rate=1.0, ends=1.0, qk=1.0, vo=1.0, orthogonality=0.0, balance=0.0))
-    configs = [replace(config, **{name: lane[name] for name in OF_ATTENTION}) for lane in lanes]
-    own = [name for name in LANE if name not in (*OF_ATTENTION, "seed") and (name != "orthogonality" or any(lane[name] for lane in lanes))]
-    steering = {name.replace("learning_rate", "rate"): jnp.array([lane[name] for lane in lanes], jnp.float32) for name in own}
-    balance = jnp.stack([theory.balance(each) for each in configs])                         # (lanes, L, 1, 1)
-    steering |= {name: steering[name][:, None, None, None] * balance for name in ("qk", "vo")}
-    constants = [theory.constants(each) for each in configs]
-    if any(lane["far"] for lane in lanes):                # heads that are alike have one row: here as many as the others
-        each_head = lambda table: jnp.broadcast_to(table, (len(table), config.heads, *table.shape[2:]))
-        constants = jax.tree.map(each_head, constants)
+    settings, alone = of_one_structure(settings), len(settings) == 1
+    model, how = settings[0].model, settings[0].training
 
-    def step(params, state, batch, constants, steering):
-        value, gradient = jax.value_and_grad(train.loss)(params, constants, batch, config)
-        updates, state = optimizer.update(gradient, state, params)
-        return optax.apply_updates(params, train.steer(updates, params, **{"orthogonality": None} | steering)), state, value
+    def stack(trees, join=jnp.stack):
+        return trees[0] if alone else jax.tree.map(lambda *leaves: join(leaves), *trees)
 
-    keys = jnp.stack([jax.random.key(lane["seed"]) for lane in lanes])
-    params = jax.jit(lambda keys: jax.lax.map(lambda key: model.init(key, config, vocabulary), keys))(keys)
-    state, stacked = jax.vmap(optimizer.init)(params), jax.tree.map(lambda *tables: jnp.stack(tables), *constants)
-    step = jax.jit(jax.vmap(step), donate_argnums=(0, 1))
-    losses = []
-    for number in range(config.steps):
-        batches = {seed: data.batch(corpus.train, config.length, config.batch, seed, number) for seed in {lane["seed"] for lane in lanes}}
-        params, state, values = step(params, state, np.stack([batches[lane["seed"]] for lane in lanes]), stacked, steering)
-        losses.append(values)
-    losses = np.asarray(jnp.stack(losses))[:config.steps // every * every]
+    params, state, constants, rates = zip(*(start(each, vocabulary) for each in settings))
+    state, fixed = stack(state), (stack(constants), stack(rates))
+    params, history = stack(params), []
+    for step in range(how.steps):
+        fed = [(optimizer.learning_rate(each, step),
+                corpora.batch(corpus.train, model.length, how.batch, each.seed, step))
+               for each in (each.training for each in settings)]
+        params, state, metrics = (train.train_step if alone else step_together)(
+            params, state, *fixed, *stack(fed, np.stack), model, how.optimizer)
+        history.append((metrics["loss"], metrics["grad_norm"]))
+    history = np.array(jax.device_get(history)).reshape(how.steps, 2, -1)
     del state
-    test = data.spread_windows(corpus.held_out, config.length, windows).reshape(-1, config.batch, config.length + 1)
-    by_position = []
-    for number, fixed in enumerate(constants):
-        own = jax.tree.map(lambda leaf: leaf[number], params)
-        by_position.append(np.mean([train.evaluate_tokens(own, fixed, batch, config) for batch in test], (0, 1)))
-    return (np.arange(len(losses) // every) + 1) * every, losses.reshape(-1, every, len(lanes)).mean(1), np.array(by_position)
+    windows = corpora.spread_windows(corpus.validation, model.length, WINDOWS)
+    batches = np.split(windows, range(how.batch, len(windows), how.batch))
+    for number in range(len(settings)):
+        own = params if alone else jax.tree.map(lambda leaf: leaf[number], params)
+        losses = [train.evaluate_tokens(own, constants[number], batch, model) for batch in batches]
+        yield *history[:, :, number].T, np.concatenate(losses).mean(0, dtype=float)
 
 
-# --- What came out ------------------------------------------------------------------------------------------------------
+def of_one_structure(settings):
+    """Settings whose decay and pull are all above 0, or all 0: then `rates` are alike.
+
+    1e-30 of a weight is less than the last place of any update.
+    """
+    for name in ("weight_decay", "orthogonal_pull"):
+        least = 1e-30 * any(getattr(each.training, name) for each in settings)
+        changed = [{name: max(getattr(each.training, name), least)} for each in settings]
+        settings = [replace(each, training=replace(each.training, **change))
+                    for each, change in zip(settings, changed)]
+    return settings
+
+
+def summary(losses, norms, by_position, bits):
+    """What is kept of a trial."""
+    parts = np.array_split(losses, min(max(len(losses) // 10, 1), 120))
+    tenths, value = np.array_split(norms, 10), float(by_position.mean())
+    octaves = np.split(by_position, 2**np.arange(1, len(by_position).bit_length()) - 1)[:-1]
+    return dict(
+        validation_loss=value, bits_per_byte=value * bits,
+        grad_norm=dict(early=float(tenths[0].mean()), largest=float(norms.max()),
+                       last=float(tenths[-1].mean())),
+        loss_by_position=[float(part.mean()) for part in octaves],     # 1, 2 and 3, 4 to 7, ...
+        at=np.cumsum([*map(len, parts)]).tolist(),                # steps, each the last of a part
+        loss=[round(float(part.mean()), 3) for part in parts])
+
+
+# --- What came out ----------------------------------------------------------------------
+
+LABELS = {"lr_mult_embed": "embed {:.3g}", "lr_mult_qk": "qk {:.3g}", "lr_mult_vo": "vo {:.3g}",
+          "weight_decay": "decay {:.3g} of {decay_groups}",
+          "orthogonal_pull": "pull {:.3g} of {pull_groups}", "balance": "balance {:.3g}"}
+COLOURS = {"isometric": "k", "isometric softmax": "C8", "identity-skip": "C2", "normless": "C0",
+           "paper": "C3", "Pre-LN": "C7", "own matrix (removed)": "C4",
+           "paper initialisation, unit rows": "C1"}
+
+
+def rates(record):
+    """3.5e-4 (embed 44, qk 16): multiples of 1 and shares of 0 are not said."""
+    said = [label.format(record[name], **record) for name, label in LABELS.items()
+            if record.get(name, 0) != name.startswith("lr_mult")]
+    heads = Counter(f"{gamma:g}" for gamma in record.get("gamma", ()))
+    gammas = [f"{count} x {gamma}" for gamma, count in heads.items()] if len(heads) > 1 else heads
+    said += ["gamma " + " and ".join(gammas)] * bool(heads)
+    return f"{record['learning_rate']:.3g}" + f" ({', '.join(said)})" * bool(said)
+
+
+def loss(record):
+    return f"{record['validation_loss']:.3f} ({record['bits_per_byte']:.3f})"
+
+
+def order(record):
+    """The validation loss; NaN counts as the largest."""
+    return record["validation_loss"] if math.isfinite(record["validation_loss"]) else math.inf
+
 
 def report():
-    """Replaces what follows TABLES in results.md, and draws headline.png."""
-    runs = read_runs()
-    lines = ["", "| contender | trials | best: blocks' rate, multiples | held out |", "| --- | --- | --- | --- |"]
-    trials = {name: [run for run in runs if run["stage"] == "tune" and run["name"] == name] for name in CONTENDERS}
-    trials = {name: tuning for name, tuning in trials.items() if tuning}
-    best = {name: next(run for run in tuning if lane_of(run) == tuned(name)) for name, tuning in trials.items()}
-    lines += [f"| {name} | {len(tuning)} | {rates(best[name])} | {loss(best[name])} |" for name, tuning in trials.items()]
-    lines += ["", "Other seeds, widths and lengths (at width 512, rates divided by sqrt(2)):", "",
-              "| stage | run | rates | steps | width | seeds | held out |", "| --- |" + " --- |" * 6]
-    others = {}                                           # seeds of one setting share a row
-    for run in runs:
-        if run["stage"] != "tune":
-            row = run["stage"], run["name"], rates(run), run["flags"]["steps"], run["flags"]["width"]
-            others.setdefault(row, []).append(run)
-    lines += ["| " + " | ".join(map(str, row)) + f" | {', '.join(str(run['seed']) for run in same)} | {', '.join(map(loss, same))} |"
-              for row, same in others.items()]
-    lines += ["", "Every trial, nats a token:", ""]
-    lines += [f"- {name}: " + "; ".join(f"{rates(run)}: {run['held_out']:.3f}" for run in tuning) for name, tuning in trials.items()]
-    results = HERE / "results.md"
-    results.write_text(results.read_text().split(TABLES)[0] + TABLES + "\n" + "\n".join(lines) + "\n")
-    first = {}                                            # the best of each contender and length, of seed 0
-    for run in sorted((run for run in runs if math.isfinite(run["held_out"])), key=lambda run: run["held_out"]):
-        if run["flags"]["width"] == SHAPE["width"] and run["seed"] == 0 and "dtype" not in run["flags"]:
-            first.setdefault((run["name"], run["flags"]["steps"]), run)
-    draw([run for (_, steps), run in first.items() if steps == SHAPE["steps"]],
-         [run for (_, steps), run in first.items() if steps >= 4 * SHAPE["steps"]])
+    """Prints all tables as Markdown, and draws trials.png."""
+    records, tuning, others = read(RECORDS), {}, {}    # others: seeds of one setting share a row
+    for record in records:
+        name, steps, width = record["name"], record["flags"]["steps"], record["flags"]["width"]
+        if (steps, width, record["seed"]) == (SHAPE["steps"], SHAPE["width"], 0):
+            tuning.setdefault(name, []).append(record)
+        else:
+            key = record["sweep"], name, rates(record), steps, width
+            others.setdefault(key, []).append(record)
+    print("Validation loss in nats a token, in brackets in bits a byte.\n")
+    print(header("network", "trials", "best: learning rate, times it", "validation loss"))
+    for best in sorted((min(group, key=order) for group in tuning.values()), key=order):
+        print(row(best["name"], len(tuning[best["name"]]), rates(best), loss(best)))
+    print("\nOther lengths, widths and seeds:\n")
+    print(header("sweep", "network", "learning rate, times it", "steps", "width", "seeds",
+                 "validation loss"))
+    for key, group in others.items():
+        seeds = [str(record["seed"]) for record in group]
+        print(row(*key, ", ".join(seeds), ", ".join(map(loss, group))))
+    print(f"\nEvery trial of {SHAPE['steps']} steps:\n")
+    for name, group in tuning.items():
+        print(f"- {name}: " + "; ".join(f"{rates(each)}: {loss(each)}" for each in group))
+    draw([record for record in sorted(records, key=order, reverse=True)
+          if record["flags"]["width"] == SHAPE["width"] and record["seed"] == 0])
 
 
-TABLES = "## All runs"
-
-
-def rates(lane):
-    """3.5e-4 (ends 44, qk 16): what differs from the values in LANE is said."""
-    others = ", ".join(f"{name} {lane[name]:g}" for name in LANE if name not in ("learning_rate", "seed") and lane[name] != LANE[name])
-    return f"{lane['learning_rate']:.3g}" + f" ({others})" * bool(others)
-
-
-def loss(run):
-    return f"{run['held_out']:.3f} ({run['bits_per_byte']:.3f})"
-
-
-DRAWN = {"vanilla espa Muon": "k-", "vanilla espa AdamW": "k--", "vanilla softmax Muon": "k:", "vanilla own Muon": "C0-",
-         "vanilla own AdamW": "C0--", "paper espa Muon": "C3-", "paper espa AdamW": "C3--", "Pre-LN Muon": "C7-", "Pre-LN AdamW": "C7--"}
-
-
-def draw(best, longer):
-    """Two panels: the best run of each, and the best of those four times as long or more. Training losses where they were
-    kept, and in any case where a run ended, on held-out text."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, panels = pyplot.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
-    for axes, runs in zip(panels, (best, longer)):
-        for run in sorted((run for run in runs if run["name"] in DRAWN), key=lambda run: run["held_out"]):
-            style, steps = DRAWN[run["name"]], run["flags"]["steps"]
-            axes.plot(run.get("at", []), run.get("loss", []), style, lw=1, label=f"{run['name']}, {steps} steps: {run['held_out']:.3f}")
-            axes.plot(steps, run["held_out"], style.strip("-.:") + "o", ms=4)
-        axes.set(xlabel="step", ylabel="nats a token: training (lines), held out (dots)")
+def draw(records):
+    """A panel for each length: training losses of each network's last record, the best."""
+    lengths = sorted({record["flags"]["steps"] for record in records} & {300, 1200, 6000})
+    picture, panels = figure((6 * len(lengths), 5.5), 1, len(lengths), squeeze=False)
+    for axes, steps in zip(panels[0], lengths):
+        best = {record["name"]: record for record in records if record["flags"]["steps"] == steps}
+        for record in sorted(best.values(), key=order):
+            kind, method = record["name"].rsplit(", ", 1)
+            if kind in COLOURS:
+                style = dict(color=COLOURS[kind], lw=1, ls="-" if method == "Muon" else "--")
+                axes.plot(record.get("at", []), record.get("loss", []), **style,
+                          label=f"{record['name']}: {loss(record)}")
+                axes.plot(steps, record["validation_loss"], "o", ms=4, color=COLOURS[kind])
+        least = min(map(order, best.values()))
+        axes.set(xlabel="step", ylim=(least - 0.2, least + 3), title=f"{steps:,} steps, width 256",
+                 ylabel="nats a token: training (lines), validation (dots)")
         axes.legend(fontsize="small", loc="upper right")
-    panels[0].set(ylim=(2.3, 7.6), title="the pace at first")
-    panels[1].set(ylim=(1.6, 4.5), title="four times the steps and more")
-    figure.suptitle("36 blocks, width 256, Python source. vanilla: no skips, no norms (own: as it is by default). paper: the same, with the published "
-                    "initialisation.\nPre-LN: the standard transformer")
-    figure.savefig(HERE / "headline.png", dpi=110)
+    picture.savefig(HERE / "trials.png", dpi=110)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "report"))
-    parser.add_argument("stage", nargs="?", choices=STAGES)
-    parser.add_argument("names", nargs="*", default=list(CONTENDERS), help=", ".join(CONTENDERS))
-    parser.add_argument("--data", type=Path)
-    arguments = parser.parse_args()
-    if arguments.what == "report":
-        report()
-    elif not arguments.stage or not arguments.data or not set(arguments.names) <= set(CONTENDERS):
-        parser.error("run needs a stage, --data, and names among " + ", ".join(CONTENDERS))
-    else:
-        run_stage(arguments.stage, arguments.names, arguments.data)
+    command(__doc__, [*SWEEPS, *NETWORKS], run, report, data="", together=8)

@@ -9,6 +9,7 @@ from .theory.activations import NAMES, TRANSFORMS
 from .theory.families import FAMILIES
 
 GROUPS = ("method", "additions", "training", "data")   # of flags, as --help shows them
+LARGEST = 1e30                                         # number: what is made of it fits a float32
 
 
 def flag(group, text, *choices, table=(), default=MISSING, low=-inf, high=inf, above=-inf,
@@ -51,9 +52,9 @@ def check_number(name, limits, number, value):
     words = {"at least": "low", "at most": "high", "above": "above", "below": "below"}
     bounds = " and ".join(f"{word} {limits[bound]:g}" for word, bound in words.items()
                           if isfinite(limits[bound]))
-    fine = (limits["low"] <= value <= limits["high"] and limits["above"] < value < limits["below"]
-            and isfinite(value))
+    fine = limits["low"] <= value <= limits["high"] and limits["above"] < value < limits["below"]
     require(fine, f"{name} must be {bounds or 'finite'}, not {value}")
+    require(abs(value) <= LARGEST, f"{name} must be at most {LARGEST:g}, not {value}")
 
 
 class Checked:
@@ -67,9 +68,9 @@ class Checked:
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Checked):
     """A network. Frozen and hashable: what a compiled function sees as static."""
-    depth: int = flag("method", "blocks (default: 36)", low=1)
+    depth: int = flag("method", "blocks (default: 36)", low=1, high=10_000)
     width: int = flag("method", "features of a token, d (default: 64)", low=1)
-    heads: int = flag("method", "attention heads (default: 4)", low=1)
+    heads: int = flag("method", "attention heads (default: 4)", low=1, high=10_000)
     length: int = flag("method", "tokens of context, T (default: 64)", low=2)
     attn: str = flag("method", "attention family", table=FAMILIES)
     gamma: tuple = flag("method", "espa: decay of the last kernel, gamma_L, one number or one for "

@@ -1,12 +1,17 @@
-"""Profiles of the search: `ci` (derandomised; taken where CI is set), `quick` (otherwise), `search` (long).
+"""Profiles of the search for counterexamples.
 
-A long search: pytest tests --hypothesis-profile=search
+`ci` is derandomised and taken where CI is set, `quick` otherwise. `search` is long:
+pytest tests --hypothesis-profile=search
 """
 import os
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")                              # tolerances are those of float32
+os.environ.setdefault("JAX_PLATFORMS", "cpu")              # tolerances are those of float32
+# Nearly all of the time is compilation: of the same programs, but with less care for their speed.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# Threads of many small QR decompositions wait for each other where other processes work.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-from hypothesis import settings                                            # noqa: E402
+from hypothesis import settings                            # noqa: E402
 
 settings.register_profile("quick", max_examples=40, deadline=None)
 settings.register_profile("ci", max_examples=40, deadline=None, derandomize=True, print_blob=True)

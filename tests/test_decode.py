@@ -9,26 +9,37 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from minitf import Config, constants, decode, forward, init
+from minitf import attention_constants, forward, init, resolve
+from minitf.network import decode
 
 VOCABULARY = 11
+SMALL = dict(depth=2, width=8, heads=2, length=6, act="tanh", transform="none", init="orthogonal",
+             mlp_init="orthogonal", head_init="gaussian", norm="rms", alpha=0.6)
 forward = jax.jit(forward, static_argnames="config")
 
 
 @lru_cache
 def make(**flags):
-    """(params, constants, config) of a tiny network, moved away from its initialisation in every parameter."""
-    config = Config(**{**dict(depth=2, width=8, heads=2, length=6, act="tanh", transform="none", init="orthogonal", norm="rms", alpha=0.6,
-                              repeat_rate=0.1, dtype="float32"), **flags})
-    params = jax.jit(init, static_argnums=(1, 2))(jax.random.key(config.seed), config, VOCABULARY)
+    """(params, constants, config) of a tiny network, each parameter away from its start."""
+    run = resolve(collision_rate=0.1, **{**SMALL, **flags})
+    config, key = run.model, jax.random.key(run.training.seed)
+    params = jax.jit(init, static_argnums=(1, 2))(key, config, VOCABULARY)
     leaves, structure = jax.tree.flatten(params)
     moved = [leaf + 0.3 * np.random.default_rng(seed).standard_normal(leaf.shape, np.float32)
              for seed, leaf in enumerate(leaves)]
-    return structure.unflatten(moved), constants(config), config
+    return structure.unflatten(moved), attention_constants(config), config
 
 
-# Every attention and position encoding once; MINITF_THOROUGH=1 tries all combinations of the two.
-KINDS = [("espa", "rope"), ("uspa", "sinusoidal"), ("vskip", "learned"), ("softmax", "none")]
+# Every kind of attention and of positions; MINITF_THOROUGH=1 tries all combinations of the two.
+ATTENTION = {
+    "espa": dict(attn="espa", gamma=(0.8, 0.1)),
+    "identity_skip": dict(attn="espa", gamma=(0.8, 0.1), identity_skip=True, alpha=0.0),
+    "uspa": dict(attn="uspa"),
+    "vskip": dict(attn="vskip"),
+    "softmax": dict(attn="softmax"),
+}
+KINDS = [("espa", "rope"), ("identity_skip", "rope"), ("uspa", "rope"), ("vskip", "learned"),
+         ("softmax", "none")]
 if os.environ.get("MINITF_THOROUGH"):
     KINDS = list(product(*map(dict.fromkeys, zip(*KINDS))))
 
@@ -37,21 +48,29 @@ if os.environ.get("MINITF_THOROUGH"):
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_decoding_equals_the_forward_pass(attn, position, data):
-    params, fixed, config = make(attn=attn, far=int(attn == "espa"), own=attn == "espa", position=position, norm="none" if position == "rope" else "layer", alpha=0.6)
-    tokens = np.array(data.draw(st.lists(st.integers(0, VOCABULARY - 1), min_size=6, max_size=6)), np.int32)
-    given_at_once = data.draw(st.integers(1, 5))
-    expected = forward(params, fixed, tokens, config)
-    padded = np.where(np.arange(6) < given_at_once, tokens, 3).astype(np.int32)
-    logits, cache = decode.decode(params, fixed, decode.empty_cache(config), padded, 0, config)
-    got = list(logits[:given_at_once])
-    for place in range(given_at_once, 6):
-        logits, cache = decode.decode(params, fixed, cache, tokens[place:place + 1], place, config)
+    """Some tokens at once, padded, then one by one: the logits of the forward pass, to rounding."""
+    params, constants, config = make(position=position,
+                                     norm="none" if position == "rope" else "layer",
+                                     **ATTENTION[attn])
+    tokens = np.array(data.draw(st.lists(st.integers(0, VOCABULARY - 1), min_size=6, max_size=6)),
+                      np.int32)
+    at_once = data.draw(st.integers(1, 5))
+    expected = forward(params, constants, tokens, config)
+    padded = np.where(np.arange(6) < at_once, tokens, 3).astype(np.int32)
+    cache = decode.empty_cache(config)
+    logits, cache = decode.decode(params, constants, cache, padded, 0, config)
+    got = list(logits[:at_once])
+    for place in range(at_once, 6):
+        one = tokens[place:place + 1]
+        logits, cache = decode.decode(params, constants, cache, one, place, config)
         got.append(logits[0])
     np.testing.assert_allclose(jnp.stack(got), expected, atol=2e-5, rtol=2e-5)
 
 
-def test_sample_is_that_of_forward_passes_also_beyond_the_training_length():
-    params, fixed, config = make(attn="espa", seed=1)
+@pytest.mark.parametrize("attn", ["espa", "identity_skip"])
+def test_sample_is_that_of_forward_passes_also_beyond_the_training_length(attn):
+    """Two programs are compiled: for the prompt, and for all tokens after it."""
+    params, constants, config = make(seed=1, **ATTENTION[attn])
     compiled = decode.decode._cache_size()
     context, expected = [1, 2], []
     for _ in range(15):
@@ -59,13 +78,17 @@ def test_sample_is_that_of_forward_passes_also_beyond_the_training_length():
             context = context[-(config.length // 2):]
         padded = np.zeros(config.length, np.int32)
         padded[:len(context)] = context
-        context.append(int(forward(params, fixed, padded, config)[len(context) - 1].argmax()))
+        logits = forward(params, constants, padded, config)
+        context.append(int(logits[len(context) - 1].argmax()))
         expected.append(context[-1])
-    assert list(decode.sample(params, fixed, [1, 2], 15, config, temperature=0.0)) == expected
-    assert decode.decode._cache_size() == compiled + 2                      # for the prompt, and for all tokens after it
+    assert len(set(expected)) > 1
+    drawn = decode.sample(params, constants, [1, 2], 15, config, temperature=0.0)
+    assert list(drawn) == expected
+    assert decode.decode._cache_size() == compiled + 2
 
 
 def test_draw():
+    """The likeliest at temperature 0; else among the top k, in proportion to exp(logit)."""
     logits = jnp.array([0.0, 3.0, 2.0, -1.0])
     key = jax.random.key(0)
     assert all(int(decode.draw(key, step, logits, 0.0)) == 1 for step in range(3))
@@ -76,6 +99,6 @@ def test_draw():
 
 
 def test_an_empty_prompt_is_refused():
-    params, fixed, config = make()
+    params, constants, config = make()
     with pytest.raises(ValueError, match="prompt"):
-        next(decode.sample(params, fixed, [], 1, config))
+        next(decode.sample(params, constants, [], 1, config))

@@ -1,4 +1,7 @@
-"""Corpora: what is read comes back, once, whatever the sizes and processes; what is half done or damaged is never believed."""
+"""Corpora: what is read comes back, once, whatever the sizes and the number of processes.
+
+What is half done or damaged is never believed.
+"""
 import gzip
 import importlib.util
 import json
@@ -16,24 +19,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import run
-from minitf import checkpoint, data
+import minitf
+from minitf.cli.main import main
+from minitf.training import checkpoint, data, encoding as encodings
 
 ROOT = Path(__file__).parents[1]
 SPEC = importlib.util.spec_from_file_location("prepare", ROOT / "data/prepare.py")
 prepare = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(prepare)
-sys.modules["prepare"] = prepare                          # where processes look for what they are to do
+sys.modules["prepare"] = prepare             # where processes look for what they are to do
 
 TEXT = (ROOT / "data/shakespeare.txt").read_text()
-WORDS = st.text(st.sampled_from("ab <|>\n\t= é🎭\0"), max_size=30) | st.sampled_from(["<|endoftext|>", " = A = \n", "To be"])
-TINY = "--depth 2 --width 8 --heads 2 --length 8 --batch 2 --steps 2 --attn softmax --act tanh --init orthogonal --transform tat --tau 0.05".split()
+WORDS = (st.text(st.sampled_from("ab <|>\n\t= é🎭\0"), max_size=30)
+         | st.sampled_from(["<|endoftext|>", " = A = \n", "To be"]))
+TINY = ("--depth 2 --width 8 --heads 2 --length 8 --batch 2 --steps 2 --attn softmax --act tanh "
+        "--mlp-init orthogonal --transform tat --tau 0.05").split()
 
 
 def documents(folder, part=None):
-    """The texts in a prepared folder, in order: all, or those to train on or held out."""
+    """The texts in a prepared folder, in order: all, or those of one part."""
     tokens, end, _, encoding, _ = data.read_tokens(str(folder), None)
-    tokens = {None: tokens, "train": tokens[:end], "held_out": tokens[end:]}[part]
+    tokens = {None: tokens, "train": tokens[:end], "validation": tokens[end:]}[part]
     assert len(tokens) == 0 or tokens[-1] == encoding.n_vocab - 1
     pieces = np.split(tokens, np.flatnonzero(tokens == encoding.n_vocab - 1) + 1)[:-1]
     return [encoding.decode(piece[:-1].tolist()) for piece in pieces]
@@ -42,7 +48,8 @@ def documents(folder, part=None):
 def make(tmp_path, *files, **flags):
     """Prepares a new folder."""
     out = tmp_path / f"prepared-{len([*tmp_path.glob('prepared-*')])}"
-    prepare.prepare([*map(str, files)], out, **{"encoding": str(run.ENCODING), "held_out": 0.0, **flags})
+    flags = {"encoding": str(data.RANKS), "validation_share": 0.0, **flags}
+    prepare.prepare([*map(str, files)], out, **flags)
     return out
 
 
@@ -51,29 +58,43 @@ def refusal(capsys, main, *arguments):
     with pytest.raises(SystemExit) as end:
         main([*map(str, arguments)])
     errors = capsys.readouterr().err
-    assert end.value.code == 2 and errors.count("\n") == 1 and errors.startswith(("prepare.py: ", "run.py: ")), errors
+    assert end.value.code == 2 and errors.count("\n") == 1, errors
+    assert errors.startswith(("prepare.py: ", "run.py: ")), errors
     return errors
+
+
+def write_lines(path, texts):
+    """A JSON object a line, each with a text."""
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
 def bytes_of(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-# --- What is read comes back ----------------------------------------------------------------------------------------------
+# --- What is read comes back -------------------------------------------------------------
+
 
 @settings(max_examples=15)
-@given(st.lists(st.tuples(WORDS, st.sampled_from(["json", "file"])), min_size=1, max_size=12), st.integers(4, 40))
+@given(st.lists(st.tuples(WORDS, st.sampled_from(["json", "file"])), min_size=1, max_size=12),
+       st.integers(4, 40))
 def test_every_document_comes_back_once_in_order(tmp_path_factory, texts, piece):
-    """JSON lines hold any text, folders text without NUL; documents are cut to pieces of 4 bytes and more."""
+    """JSON lines hold any text, folders text without NUL.
+
+    Documents are cut to pieces of 4 bytes and more.
+    """
     tmp_path = tmp_path_factory.mktemp("corpus")
     (tmp_path / "in").mkdir()
     lines = [text for text, kind in texts if kind == "json"]
     files = [text for text, kind in texts if kind == "file"]
     with gzip.open(tmp_path / "c4.json.gz", "wt", encoding="utf-8") as file:
-        file.writelines(json.dumps({"url": "", "text": text}, ensure_ascii=len(text) % 2 == 0) + "\n" for text in lines)
+        for text in lines:
+            line = json.dumps({"url": "", "text": text}, ensure_ascii=len(text) % 2 == 0)
+            file.write(line + "\n")
     for number, text in enumerate(files):
         (tmp_path / f"in/{number:03}.txt").write_bytes(text.encode())
-    expected = list(dict.fromkeys(t for t in lines + [f for f in files if "\0" not in f] if t.encode().strip()))
+    without_nul = [text for text in files if "\0" not in text]
+    expected = [*dict.fromkeys(text for text in lines + without_nul if text.encode().strip())]
     before, prepare.PIECE = prepare.PIECE, piece
     try:
         names = [tmp_path / "c4.json.gz"] + [tmp_path / "in"] * bool(files)
@@ -82,22 +103,24 @@ def test_every_document_comes_back_once_in_order(tmp_path_factory, texts, piece)
                 make(tmp_path, *names)
             return
         out = make(tmp_path, *names)
-        alone = make(tmp_path, *names, held_out=0.5)
+        alone = make(tmp_path, *names, validation_share=0.5)
     finally:
         prepare.PIECE = before
     assert documents(out) == expected
     manifest = json.loads((alone / "manifest.json").read_text())
-    assert manifest["train"]["documents"] + manifest["held_out"]["documents"] == len(expected)
-    assert manifest["train"]["bytes"] + manifest["held_out"]["bytes"] == sum(len(text.encode()) for text in expected)
-    if manifest["held_out"]["documents"]:                 # the split keeps the order within each part, and loses nothing
-        parts = documents(alone, "train"), documents(alone, "held_out")
+    total = lambda what: sum(manifest[part][what] for part in prepare.PARTS)
+    assert total("documents") == len(expected)
+    assert total("bytes") == sum(len(text.encode()) for text in expected)
+    if manifest["validation"]["documents"]:   # the order is kept within each part; nothing is lost
+        parts = documents(alone, "train"), documents(alone, "validation")
         assert [text for text in expected if text in set(parts[0])] == parts[0]
         assert sorted(parts[0] + parts[1]) == sorted(expected)
 
 
 def test_wikitext_is_split_at_the_headings_of_articles(tmp_path):
-    articles = [f" = {name} = \n \n Text = of it . \n = 2 = \n \n = = Section = = \n \n More . \n \n = = = Sub = = = \n \n"
-                for name in ("A", "B : C = D", "1")]
+    article = (" = NAME = \n \n Text = of it . \n = 2 = \n \n = = Section = = \n \n More . \n \n"
+               " = = = Sub = = = \n \n")
+    articles = [article.replace("NAME", name) for name in ("A", "B : C = D", "1")]
     (tmp_path / "wiki.train.tokens").write_text(" \n" + "".join(articles) + articles[0])
     assert documents(make(tmp_path, tmp_path / "wiki.train.tokens")) == articles
     (tmp_path / "other.tokens").write_text("".join(articles))
@@ -105,19 +128,24 @@ def test_wikitext_is_split_at_the_headings_of_articles(tmp_path):
 
 
 def test_long_documents_are_cut_alike_wherever_they_are(tmp_path):
-    """Of three megabytes, in a file of its own and in a line of JSON; a word of two megabytes is no matter of minutes."""
+    """Of three megabytes, in a file of its own and in a line of JSON.
+
+    A word of two megabytes is no matter of minutes.
+    """
     long = TEXT[:3_100_000]
     (tmp_path / "a.txt").write_text(long)
-    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ["x", long, long + "y", "X" + long[1:]]))
+    others = [long + "y", "X" + long[1:]]
+    write_lines(tmp_path / "b.jsonl", ["x", long, *others])
     (tmp_path / "c.txt").write_text("a" + "🎭" * 300_000 + "a" * 2_000_000)
     started = time.perf_counter()
     found = documents(make(tmp_path, *(tmp_path / name for name in ("a.txt", "b.jsonl", "c.txt"))))
-    assert found == [long, "x", long + "y", "X" + long[1:], (tmp_path / "c.txt").read_text()]
+    assert found == [long, "x", *others, (tmp_path / "c.txt").read_text()]
     assert time.perf_counter() - started < 30
     (tmp_path / "in").mkdir()
     (tmp_path / "in/bad.txt").write_bytes(long.encode() + b"\xff")
     (tmp_path / "in/good.txt").write_text("To be")
-    assert documents(make(tmp_path, tmp_path / "b.jsonl", tmp_path / "in")) == ["x", long, long + "y", "X" + long[1:], "To be"]
+    found = documents(make(tmp_path, tmp_path / "b.jsonl", tmp_path / "in"))
+    assert found == ["x", long, *others, "To be"]
 
 
 @given(st.lists(st.integers(0, 30), max_size=60), st.integers(1, 9))
@@ -126,7 +154,7 @@ def test_duplicates_are_dropped_whatever_fits_in_memory(tmp_path_factory, names,
     folder = tmp_path_factory.mktemp("digests")
     digests = np.array([(name // 6, name % 6) for name in names], "<u8").reshape(-1, 2)
     lengths = [name % 5 + 1 for name in names]
-    tokens = np.concatenate([np.full(length, name) for name, length in zip(names, lengths)] or [[]]).astype("<u2")
+    tokens = np.repeat(np.array(names, "<u2"), lengths)
     digests.tofile(folder / "digests")
     tokens.tofile(folder / "tokens")
     before, prepare.BLOCK = prepare.BLOCK, block
@@ -135,29 +163,36 @@ def test_duplicates_are_dropped_whatever_fits_in_memory(tmp_path_factory, names,
         blocks = [*prepare.kept_tokens(folder / "tokens", "<u2", np.cumsum(lengths), kept)]
     finally:
         prepare.BLOCK = before
-    expected = [name for name in dict.fromkeys(names) for _ in range(name % 5 + 1)]
+    firsts = np.array([*dict.fromkeys(names)], int)
     assert [*kept] == [name not in names[:place] for place, name in enumerate(names)]
-    assert np.concatenate(blocks or [[]]).tolist() == expected
+    assert np.array_equal(np.concatenate(blocks or [[]]), np.repeat(firsts, firsts % 5 + 1))
 
 
 def test_the_bytes_do_not_depend_on_the_number_of_processes(tmp_path):
-    """In processes of their own: a fork within this one, where JAX has threads, could wait for ever."""
+    """In processes of their own: a fork within this one, where JAX has threads, could hang."""
     (tmp_path / "in").mkdir()
     draw = random.Random(0)
     for number in range(60):
         start, size = draw.randrange(10**6), draw.choice([10, 1000, 30_000])
-        (tmp_path / f"in/{number:02}.txt").write_text(TEXT[start:start + size] if number % 7 else TEXT[:9000])
-    program = "import sys; sys.path[:0] = [sys.argv.pop(1)]; import prepare; prepare.PIECE = 2000; prepare.main(sys.argv[1:])"
+        text = TEXT[start:start + size] if number % 7 else TEXT[:9000]
+        (tmp_path / f"in/{number:02}.txt").write_text(text)
+    program = ("import sys; sys.path[:0] = [sys.argv.pop(1)]; import prepare; "
+               "prepare.PIECE = 2000; prepare.main(sys.argv[1:])")
     for count in (1, 2, 5):
-        subprocess.run([sys.executable, "-c", program, ROOT / "data", "--out", tmp_path / f"out-{count}", "--held-out", "0.3",
-                        "--processes", str(count), tmp_path / "in"], check=True, stdout=subprocess.DEVNULL)
-    assert bytes_of(tmp_path / "out-1") == bytes_of(tmp_path / "out-2") == bytes_of(tmp_path / "out-5")
-    assert len(documents(tmp_path / "out-1")) == 52 and len(documents(tmp_path / "out-1", "held_out")) > 5
+        subprocess.run([sys.executable, "-c", program, ROOT / "data",
+                        "--out", tmp_path / f"out-{count}", "--validation-share", "0.3",
+                        "--processes", str(count), tmp_path / "in"],
+                       check=True, stdout=subprocess.DEVNULL)
+    one, two, five = (tmp_path / f"out-{count}" for count in (1, 2, 5))
+    assert bytes_of(one) == bytes_of(two) == bytes_of(five)
+    # A share of 0.3 of 52, by hashes: 15.6, three standard deviations of 3.3 up and down.
+    assert len(documents(one)) == 52 and 5 < len(documents(one, "validation")) < 26
 
 
 def test_folders_are_read_by_suffix_and_what_is_no_text_is_counted(tmp_path):
     (tmp_path / "in/.git").mkdir(parents=True)
-    contents = {"a.py": b"a = 1\n", "b.md": b"# B\n", "c.py": b"\xff\xfe", "d.py": b"\0", "e.py": b" \n", ".git/f.py": b"f"}
+    contents = {"a.py": b"a = 1\n", "b.md": b"# B\n", "c.py": b"\xff\xfe", "d.py": b"\0",
+                "e.py": b" \n", ".git/f.py": b"f"}
     for name, content in contents.items():
         (tmp_path / "in" / name).write_bytes(content)
     out = make(tmp_path, tmp_path / "in", suffix=".py")
@@ -166,31 +201,37 @@ def test_folders_are_read_by_suffix_and_what_is_no_text_is_counted(tmp_path):
     assert documents(make(tmp_path, tmp_path / "in")) == ["a = 1\n", "# B\n"]
 
 
-# --- What is refused --------------------------------------------------------------------------------------------------------
+# --- What is refused ---------------------------------------------------------------------
+
 
 def test_hostile_corpora_are_refused_in_one_line_and_leave_nothing(tmp_path, capsys):
     packed = gzip.compress(json.dumps({"text": TEXT[:9000]}).encode() * 2)
     cases = {"latin.txt": b"caf\xe9", "nul.txt": b"a\0b", "empty.txt": b"",
-             "cut.json.gz": packed[:-20], "not.json.gz": b"text", "flipped.json.gz": packed[:300] + b"\0\0" + packed[302:],
-             "line.jsonl": b'{"text": "a"}\n{"text": 1}\n', "none.jsonl": b'{"url": ""}\n', "list.jsonl": b'["text"]\n',
-             "deep.jsonl": b"[" * 100_000, "half.jsonl": b'{"text": "a'}
+             "cut.json.gz": packed[:-20], "not.json.gz": b"text",
+             "flipped.json.gz": packed[:300] + b"\0\0" + packed[302:],
+             "line.jsonl": b'{"text": "a"}\n{"text": 1}\n', "none.jsonl": b'{"url": ""}\n',
+             "list.jsonl": b'["text"]\n', "deep.jsonl": b"[" * 100_000,
+             "half.jsonl": b'{"text": "a'}
+    refused = lambda *arguments: refusal(capsys, prepare.main, "--out", tmp_path / "out",
+                                         "--processes", 1, *arguments)
     for name, content in cases.items():
         (tmp_path / name).write_bytes(content)
-        line = refusal(capsys, prepare.main, "--out", tmp_path / "out", "--processes", 1, tmp_path / name)
+        line = refused(tmp_path / name)
         assert name in line or name == "empty.txt", line
         assert "line 2 of" in line or name != "line.jsonl", line
     (tmp_path / "fine.txt").write_text("To be")
     (tmp_path / "taken").mkdir()
-    for arguments in (["--out", tmp_path / "taken"], ["--out", tmp_path / "fine.txt"], ["--out", "/proc/none"],
-                      ["--out", tmp_path / "fine.txt/out"], ["--held-out", 1], ["--held-out", "nan"], ["--processes", 0],
-                      ["--encoding", "gpt3"], ["--encoding", tmp_path / "fine.txt"], [tmp_path / "none*"],
+    for arguments in (["--out", tmp_path / "taken"], ["--out", tmp_path / "fine.txt"],
+                      ["--out", "/proc/none"], ["--out", tmp_path / "fine.txt/out"],
+                      ["--validation-share", 1], ["--validation-share", "nan"],
+                      ["--processes", 0], ["--encoding", "gpt3"],
+                      ["--encoding", tmp_path / "fine.txt"], [tmp_path / "none*"],
                       [tmp_path / "taken"], [""], ["--suffix", ".none", ROOT / "data"]):
-        refusal(capsys, prepare.main, "--out", tmp_path / "out", "--processes", 1, tmp_path / "fine.txt", *arguments)
+        refused(tmp_path / "fine.txt", *arguments)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limit[1]))
     try:
-        line = refusal(capsys, prepare.main, "--out", tmp_path / "out", "--processes", 1, ROOT / "data/shakespeare.txt")
-        assert "File too large" in line
+        assert "File too large" in refused(ROOT / "data/shakespeare.txt")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert not [path for path in tmp_path.iterdir() if "out" in path.name], "something is left"
@@ -201,11 +242,14 @@ def test_killed_at_any_moment_nothing_is_believed_and_the_next_run_succeeds(tmp_
     for number in range(40):
         (tmp_path / f"in/{number}.txt").write_text(TEXT[number * 100_000:(number + 1) * 100_000])
     texts = sorted(path.read_text() for path in (tmp_path / "in").iterdir())
-    command = [sys.executable, ROOT / "data/prepare.py", "--out", tmp_path / "out", "--processes", "2", tmp_path / "in"]
+    command = [sys.executable, ROOT / "data/prepare.py", "--out", tmp_path / "out",
+               "--processes", "2", tmp_path / "in"]
     beside = tmp_path / ".out.part"
-    for moment in ("train.bin", "tables.npz"):            # they have bytes while workers work, and after they have ended
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        while process.poll() is None and not ((beside / moment).exists() and (beside / moment).stat().st_size):
+    # These have bytes while workers work, and after they have ended.
+    for moment in ("train.bin", "tables.npz"):
+        process, file = subprocess.Popen(command, stdout=subprocess.DEVNULL,
+                                         stderr=subprocess.PIPE), beside / moment
+        while process.poll() is None and not (file.exists() and file.stat().st_size):
             time.sleep(0.001)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         assert len(children) == 2 * (moment == "train.bin")
@@ -213,11 +257,11 @@ def test_killed_at_any_moment_nothing_is_believed_and_the_next_run_succeeds(tmp_
         process.wait()
         assert process.returncode == -signal.SIGKILL, process.stderr.read()
         assert not (tmp_path / "out").exists() and beside.exists()
-        if (beside / "manifest.json").exists():           # written last: all is there and lacks but its name
+        if (beside / "manifest.json").exists():  # written last: all is there and lacks but its name
             assert sorted(documents(beside)) == texts
         else:
             with pytest.raises(ValueError):
-                data.load(str(beside), None, 8, default=str(run.ENCODING))
+                load(beside)
         time.sleep(0.3)
         assert not any(alive(child) for child in children), "a worker outlives its process"
     done = subprocess.run(command, capture_output=True, text=True)
@@ -232,93 +276,114 @@ def alive(process):
         return False
 
 
-# --- What run.py makes of it --------------------------------------------------------------------------------------------
+# --- What run.py makes of it -------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prepared")
     texts = [TEXT[at:at + 300] for at in range(0, 60_000, 300)]
-    (folder / "lines.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return make(folder, folder / "lines.jsonl", held_out=0.2)
+    write_lines(folder / "lines.jsonl", texts)
+    return make(folder, folder / "lines.jsonl", validation_share=0.2)
 
 
 def test_a_run_trains_resumes_and_is_evaluated(prepared, tmp_path, capsys):
-    run.main([*TINY, "--data", str(prepared), "--out", str(tmp_path / "whole"), "--steps", "4", "--save-every", "2"])
+    main([*TINY, "--data", str(prepared), "--out", str(tmp_path / "whole"), "--steps", "4",
+          "--save-every", "2"])
     output = capsys.readouterr().out
     counts = json.loads((prepared / "manifest.json").read_text())
     assert f"{counts['train']['tokens']:,} tokens of 1,025" in output
-    assert f"held out {counts['held_out']['tokens']:,}" in output
+    assert f"{counts['validation']['tokens']:,} for validation" in output
     os.mkdir(tmp_path / "half")
     for name in ("checkpoint-00000002.npz", "config.json"):
         os.link(tmp_path / "whole" / name, tmp_path / "half" / name)
-    run.main(["--resume", str(tmp_path / "half")])
-    whole, half = (checkpoint.read(tmp_path / name / "checkpoint-00000004.npz") for name in ("whole", "half"))
+    main(["--resume", str(tmp_path / "half")])
+    whole, half = (checkpoint.read(tmp_path / name / "checkpoint-00000004.npz")
+                   for name in ("whole", "half"))
     assert all(np.array_equal(whole[name], half[name]) for name in whole)
     capsys.readouterr()
-    run.main(["--eval", str(tmp_path / "whole"), "--data", str(prepared)])
+    main(["--eval", str(tmp_path / "whole"), "--data", str(prepared)])
     total = sum(counts[part]["tokens"] for part in prepare.PARTS) - 1
     size = sum(counts[part]["bytes"] for part in prepare.PARTS)
     line = capsys.readouterr().out
-    assert f"{total:,} tokens, " in line and size - 30 < int(line.split()[2].replace(",", "")) <= size
-    run.main(["--eval", str(tmp_path / "whole")])
-    assert capsys.readouterr().out.startswith(f"{counts['held_out']['tokens'] - 1:,} tokens, ")
-    assert "trained on" in refusal(capsys, run.main, "--resume", tmp_path / "whole", "--steps", 6, "--val-data", prepared)
-    assert "encoding" in refusal(capsys, run.main, "--data", prepared, "--encoding", make_ranks(tmp_path))
-    line = refusal(capsys, run.main, *TINY, "--val-data", prepared, "--out", tmp_path / "other")
+    assert f"{total:,} tokens, " in line
+    assert size - 30 < int(line.split()[2].replace(",", "")) <= size
+    main(["--eval", str(tmp_path / "whole")])
+    assert capsys.readouterr().out.startswith(f"{counts['validation']['tokens'] - 1:,} tokens, ")
+    assert "trained on" in refusal(capsys, main, "--resume", tmp_path / "whole", "--steps", 6,
+                                   "--val-data", prepared)
+    assert "encoding" in refusal(capsys, main, "--data", prepared,
+                                 "--encoding", make_ranks(tmp_path))
+    line = refusal(capsys, main, *TINY, "--val-data", prepared, "--out", tmp_path / "other")
     assert "encoding" in line and not (tmp_path / "other").exists()
 
 
 def make_ranks(tmp_path):
     """A rank file of other tokens: all single bytes."""
-    (tmp_path / "ranks").write_bytes(b"".join(run.ENCODING.read_bytes().splitlines(keepends=True)[:256]))
+    lines = data.RANKS.read_bytes().splitlines(keepends=True)
+    (tmp_path / "ranks").write_bytes(b"".join(lines[:256]))
     return tmp_path / "ranks"
 
 
-def test_val_data_is_held_out_and_all_of_data_is_trained_on(prepared, tmp_path):
+def load(folder, val_data=None):
+    """The Corpus of a folder, for windows of eight tokens."""
+    flags = {"data": str(folder)} | ({"val_data": str(val_data)} if val_data else {})
+    return data.load(minitf.resolve(**flags).data, 8)
+
+
+def test_val_data_is_for_validation_and_all_of_data_is_trained_on(prepared, tmp_path):
     (tmp_path / "text").write_text(TEXT[-5000:])
-    encoding, train, held_out, train_counts, held_out_counts, _ = data.load(str(prepared), None, 8, str(tmp_path / "text"))
+    corpus, own = load(prepared, tmp_path / "text"), load(prepared)
+    train, validation = corpus.train, corpus.validation
     assert np.array_equal(train, data.read_tokens(str(prepared), None)[0])
-    assert encoding.decode(held_out.tolist()) == TEXT[-5000:]
-    assert np.array_equal(train_counts, np.bincount(train, minlength=1025))
-    assert np.array_equal(held_out_counts, np.bincount(held_out, minlength=1025))
-    own = data.load(str(prepared), None, 8)
-    assert np.array_equal(own.train, train[:len(own.train)]) and np.array_equal(own.held_out, train[len(own.train):])
-    assert np.array_equal(own.train_counts, np.bincount(own.train, minlength=1025))
-    assert np.array_equal(data.load(str(prepared), None, 8, str(prepared)).held_out, train)
-    assert own.digest != data.load(str(prepared), None, 8, str(tmp_path / "text")).digest
+    assert corpus.encoding.decode(validation.tolist()) == TEXT[-5000:]
+    for each in (corpus, own):
+        assert np.array_equal(each.train_counts, np.bincount(each.train, minlength=1025))
+        counted = np.bincount(each.validation, minlength=1025)
+        assert np.array_equal(each.validation_counts, counted)
+    assert np.array_equal(own.train, train[:len(own.train)])
+    assert np.array_equal(own.validation, train[len(own.train):])
+    assert np.array_equal(load(prepared, prepared).validation, train)
+    assert own.digest != corpus.digest
 
 
-def test_without_held_out_documents_the_last_tenth_is(tmp_path):
+def test_where_no_documents_were_set_aside_the_last_tenth_is(tmp_path):
     (tmp_path / "text").write_text(TEXT[:20_000])
-    corpus = data.load(str(make(tmp_path, tmp_path / "text")), None, 8)
-    assert len(corpus.train) == (len(corpus.train) + len(corpus.held_out)) * 9 // 10
-    assert np.array_equal(corpus.held_out_counts, np.bincount(corpus.held_out, minlength=1025))
+    corpus = load(make(tmp_path, tmp_path / "text"))
+    assert len(corpus.train) == (len(corpus.train) + len(corpus.validation)) * 9 // 10
+    counted = np.bincount(corpus.validation, minlength=1025)
+    assert np.array_equal(corpus.validation_counts, counted)
 
 
-@pytest.mark.parametrize("damage", ["cut", "longer", "swapped", "gone", "tables", "manifest", "lies"])
+@pytest.mark.parametrize("damage", ["cut", "longer", "swapped", "gone", "tables", "manifest",
+                                    "lies"])
 def test_damaged_folders_are_refused(prepared, tmp_path, capsys, damage):
     for path in prepared.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     tokens, manifest = tmp_path / "tokens.bin", tmp_path / "manifest.json"
     content, saved = tokens.read_bytes(), json.loads(manifest.read_text())
     if damage in ("cut", "longer", "swapped"):
-        tokens.write_bytes({"cut": content[:-2], "longer": content + b"\0\0", "swapped": content[::-1]}[damage])
+        tokens.write_bytes({"cut": content[:-2], "longer": content + b"\0\0",
+                            "swapped": content[::-1]}[damage])
     elif damage == "tables":
         (tmp_path / "tables.npz").write_bytes(bytes((tmp_path / "tables.npz").stat().st_size))
     elif damage == "gone":
         tokens.unlink()
     else:
-        saved.update({"manifest": {"files": None}, "lies": {"encoding": {"encoding": 1, "pattern": "(", "special": []}}}[damage])
+        lie = {"encoding": 1, "pattern": "(", "special": []}
+        saved.update({"manifest": {"files": None}, "lies": {"encoding": lie}}[damage])
         manifest.write_text(json.dumps(saved))
-    assert str(tmp_path) in refusal(capsys, run.main, *TINY, "--data", tmp_path)
+    assert str(tmp_path) in refusal(capsys, main, *TINY, "--data", tmp_path)
 
 
 def test_large_vocabularies_are_rounded_up_and_spare_tokens_never_drawn():
-    encoding = prepare.with_end_of_text(data.load_encoding(str(run.ENCODING)))
-    assert prepare.with_end_of_text(encoding) is encoding and encoding.n_vocab == data.vocabulary(encoding) == 1025
+    encoding = prepare.with_end_of_text(encodings.load_encoding(str(data.RANKS)))
+    assert prepare.with_end_of_text(encoding) is encoding
+    assert encoding.n_vocab == encodings.vocabulary(encoding) == 1025
     ranks = {bytes([byte]): byte for byte in range(256)}
     ranks |= {bytes([a, b]): 256 + 256 * a + b for a in range(8) for b in range(256)}
-    large = data.make_encoding("large", ranks, encoding._pat_str, {"<|x|>": 2400})
-    assert data.vocabulary(large) == 2432 and data.known(large).sum() == 2305 and len(data.known(large)) == 2432
-    arrays, names = data.pack_encoding(large)
-    assert data.unpack_encoding(arrays, names)._mergeable_ranks == ranks
+    large = encodings.make_encoding("large", ranks, encoding._pat_str, {"<|x|>": 2400})
+    known = encodings.known(large)
+    assert encodings.vocabulary(large) == len(known) == 2432 and known.sum() == 2305
+    arrays, names = encodings.pack_encoding(large)
+    assert encodings.unpack_encoding(arrays, names)._mergeable_ranks == ranks

@@ -1,9 +1,11 @@
-"""Signal-preserving attention as matrices, in float64: what section 3 and 4 of the method promise of every kernel.
+"""Signal-preserving attention as matrices, in float64: what the paper promises of every kernel.
 
-EPS is float64's spacing at 1. Where all terms of a product are >= 0 rounding errors are relative and never cancel
-against a result: a sum of n such terms is right to n EPS of itself, and exp(x) to |x| EPS.
+EPS is float64's spacing at 1. Where all terms of a product are >= 0 rounding errors are relative
+and never cancel against a result: a sum of n such terms is right to n EPS of itself, and exp(x) to
+|x| EPS.
 """
 from dataclasses import replace
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -13,54 +15,82 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import softmax
 
-from minitf import Config, model, spa, theory
-from minitf.activations import leaky_correlation
+from minitf import resolve
+from minitf.theory import kernels as theory
+from minitf.theory import spa
+from minitf.theory.activations import leaky_correlation
+from minitf.theory.families import FAMILIES, prescribed
+from minitf.theory.kernels import kernel_recursion
 
 EPS, EPS32 = np.finfo(np.float64).eps, np.finfo(np.float32).eps
+KERNELS = {"exponential": spa.exponential_kernel, "uniform": spa.uniform_kernel}
+CLOSED_FORMS = {"exponential": spa.exponential_log_attention,
+                "uniform": spa.uniform_log_attention}
 
 lengths = st.integers(2, 64)
 depths = st.integers(1, 48)
 gammas = st.floats(-5, 1).map(lambda power: 10**power)                     # 1e-5 to 10
 rhos = st.floats(1e-4, 0.999)
-repeat_rates = st.floats(0, 0.9)
-skips = st.one_of(st.just(0.0), st.floats(0.05, 0.99)).map(lambda alpha: (alpha, (1 - alpha**2) ** 0.5))
+collision_rates = st.floats(0, 0.9)
+skips = st.one_of(st.just(0.0), st.floats(0.05, 0.99)).map(
+    lambda alpha: (alpha, (1 - alpha**2) ** 0.5))
+unlike_heads = st.tuples(gammas, gammas).flatmap(                          # a gamma for each head
+    lambda two: st.lists(st.sampled_from(two), min_size=1, max_size=5).map(tuple))
 
 
 @st.composite
 def pairs(draw):
-    """(family, kernel's parameter before, after, length): every admissible pair, from close together to far apart."""
-    family, length = draw(st.sampled_from(["exponential", "uniform"])), draw(lengths)
-    if family == "exponential":
+    """(kernel, its parameter before and after, length), from close together to far apart."""
+    name, length = draw(st.sampled_from([*KERNELS])), draw(lengths)
+    if name == "exponential":
         out = draw(gammas)
-        return family, draw(st.one_of(st.just(np.inf), st.floats(-6, 3).map(lambda x: out * (1 + 10**x)))), out, length
-    out = draw(rhos)                                                       # the domain: 1e-9 apart
-    return family, draw(st.one_of(st.just(0.0), st.floats(-8.9, np.log10(out)).map(lambda x: max(out - 10**x, 0)))), out, length
+        above = st.floats(-6, 3).map(lambda x: out * (1 + 10**x))
+        return name, draw(st.one_of(st.just(np.inf), above)), out, length
+    out = draw(rhos)                                                       # allowed: 1e-9 apart
+    below = st.floats(-8.9, np.log10(out)).map(lambda x: max(out - 10**x, 0))
+    return name, draw(st.one_of(st.just(0.0), below)), out, length
 
 
 @st.composite
 def schedules(draw):
-    """(family, parameters by layer, length)."""
-    family, depth = draw(st.sampled_from(["exponential", "uniform"])), draw(depths)
-    if family == "exponential":
-        return family, spa.exponential_schedule(draw(gammas), depth), draw(lengths)
-    last = draw(rhos)
-    return family, spa.uniform_schedule(last, depth, draw(st.one_of(st.just(0.0), st.floats(0, 0.9))) * last), draw(lengths)
+    """(kernel, parameters by depth, length)."""
+    name, depth = draw(st.sampled_from([*KERNELS])), draw(depths)
+    if name == "exponential":
+        return name, spa.exponential_schedule(draw(gammas), depth), draw(lengths)
+    last, first = draw(rhos), draw(st.one_of(st.just(0.0), st.floats(0, 0.9)))
+    return name, spa.uniform_schedule(last, depth, first * last), draw(lengths)
 
 
-def kernel(family, parameter, length):
-    return {"exponential": spa.exponential_kernel, "uniform": spa.uniform_kernel}[family](parameter, length)
+def kernel(name, parameter, length):
+    return KERNELS[name](parameter, length)
 
 
-def log_attention(family, before, after, length):
-    form = {"exponential": spa.exponential_log_attention, "uniform": spa.uniform_log_attention}[family]
-    return form(before, after, length)
+def log_attention(name, before, after, length):
+    return CLOSED_FORMS[name](before, after, length)
 
 
-# --- One attention matrix -----------------------------------------------------------------------------------------------
+def attentions(schedule):
+    """A of each layer in closed form, (L, T, T)."""
+    name, values, length = schedule
+    return np.array([np.exp(log_attention(name, before, after, length))
+                     for before, after in zip(values, values[1:])])
+
+
+def maps(matrices):
+    """For each A its map of kernels: Sigma -> A Sigma A^T."""
+    return [lambda sigma, a=a: a @ sigma @ a.T for a in matrices]
+
+
+def identity(c):
+    return c
+
+
+# --- One attention matrix ---------------------------------------------------------------
+
 
 @given(pairs())
 def test_causal_and_a_softmax_can_make_it(pair):
-    """A is lower triangular, and positive there: B = log P is finite wherever the mask lets through."""
+    """A is lower triangular, and positive there: B is finite wherever the mask lets through."""
     log_a = log_attention(*pair)
     below = np.tri(len(log_a), dtype=bool)
     assert np.all(log_a[~below] == -np.inf)
@@ -69,23 +99,26 @@ def test_causal_and_a_softmax_can_make_it(pair):
 
 @given(pairs())
 def test_maps_one_kernel_to_the_other(pair):
-    """A Sigma_in A^T = Sigma_out. For `uspa` an entry of A is a difference of sums of T terms below 1; for `espa` the
-    exponential of a logarithm of size up to gamma T, whose rounding error becomes a relative one of gamma T EPS.
+    """A Sigma_in A^T = Sigma_out.
+
+    For uspa an entry of A is a difference of sums of T terms below 1; for espa the exponential of a
+    logarithm of size up to gamma T, whose rounding error becomes a relative one of gamma T EPS.
     """
-    family, before, after, length = pair
-    size = after * length * (family == "exponential")
-    a, sigma_in = np.exp(log_attention(*pair)), kernel(family, before, length)
-    sigma_out = kernel(family, after, length)
-    wrong = length * EPS * (family == "uniform")                           # of an entry of A, beside its relative error
-    tolerance = (4 * length + 40 + 4 * size) * EPS * sigma_out + 2 * length * wrong * (sigma_in @ a.T).max()
+    name, before, after, length = pair
+    size = after * length * (name == "exponential")
+    a, sigma_in = np.exp(log_attention(*pair)), kernel(name, before, length)
+    sigma_out = kernel(name, after, length)
+    wrong = length * EPS * (name == "uniform")             # of an entry of A, beside its relative
+    tolerance = (4 * length + 40 + 4 * size) * EPS * sigma_out \
+        + 2 * length * wrong * (sigma_in @ a.T).max()
     assert np.all(np.abs(a @ sigma_in @ a.T - sigma_out) <= tolerance)
 
 
 @given(pairs())
 def test_closed_form_is_the_cholesky_quotient(pair):
-    """The definition loses as many digits as the kernels' condition numbers have: T EPS (cond_in + cond_out)."""
-    family, before, after, length = pair
-    sigma_in, sigma_out = kernel(family, before, length), kernel(family, after, length)
+    """The definition loses the digits of the condition numbers: T EPS (cond_in + cond_out)."""
+    name, before, after, length = pair
+    sigma_in, sigma_out = kernel(name, before, length), kernel(name, after, length)
     a = spa.cholesky_attention(sigma_in, sigma_out)
     tolerance = length * EPS * (np.linalg.cond(sigma_in) + np.linalg.cond(sigma_out))
     assert np.max(np.abs(np.exp(log_attention(*pair)) - a)) <= tolerance
@@ -93,7 +126,7 @@ def test_closed_form_is_the_cholesky_quotient(pair):
 
 @given(gammas, st.floats(-3, 3).map(lambda x: 1 + 10**x))
 def test_far_entries_keep_their_digits(gamma, ratio):
-    """The closed form's log holds where A itself underflows: log A_ij falls by exactly gamma_out a position."""
+    """log A holds where A itself underflows: log A_ij falls by exactly gamma_out a position."""
     log_a = spa.exponential_log_attention(gamma * ratio, gamma, 200)
     falls = -np.diff(log_a[2:, 1])                                         # j = 2, i = 3 to T
     assert np.allclose(falls, gamma, rtol=0, atol=4 * EPS * np.abs(log_a[2:, 1]).max())
@@ -104,28 +137,37 @@ softmax32 = jax.jit(lambda bias: jax.nn.softmax(bias))
 
 
 @given(pairs())
-def test_rescaling_and_bias_give_the_matrix_back_in_float32(pair):
-    """D softmax(B) = A. Rounding B to float32 shifts it by |B| EPS32, which is a relative error of P."""
+def test_row_scale_and_bias_give_the_matrix_back_in_float32(pair):
+    """D softmax(B) = A.
+
+    Rounding B to float32 shifts it by |B| EPS32, which is a relative error of A.
+    """
     log_a = log_attention(*pair[:3], LENGTH32)
-    rescale, bias = spa.rescale_and_bias(log_a)
-    made = np.float32(rescale)[:, None] * np.asarray(softmax32(jnp.asarray(bias, jnp.float32)))
+    row_scale, bias = spa.row_scale_and_bias(log_a)
+    made = np.float32(row_scale)[:, None] * np.asarray(softmax32(jnp.asarray(bias, jnp.float32)))
     a = np.exp(log_a)
     finite = np.where(np.isfinite(bias), bias, 0)
-    assert np.all(np.abs(made - a) <= (np.abs(finite) + LENGTH32 + 8) * EPS32 * a + 1e-37 * rescale[:, None])
-    assert np.allclose(rescale, a.sum(-1), rtol=LENGTH32 * EPS)
+    tolerance = (np.abs(finite) + LENGTH32 + 8) * EPS32 * a + 1e-37 * row_scale[:, None]
+    assert np.all(np.abs(made - a) <= tolerance)
+    assert np.allclose(row_scale, a.sum(-1), rtol=LENGTH32 * EPS)
 
 
-# --- Schedules, and products over depth --------------------------------------------------------------------------------
+# --- Schedules, and products over depth -------------------------------------------------
+
 
 @given(depths, gammas)
 def test_exponential_schedule(depth, gamma):
-    """From gamma = inf strictly down to gamma_L, with one lambda: the diagonal of every A_l is the same."""
+    """From gamma = inf strictly down to gamma_L, with one lambda: all A_l have one diagonal.
+
+    An error of gamma EPS in gamma is one of phi^2 gamma EPS / s^2 <= EPS / 2 in log s; and
+    log s / L has rounded, too.
+    """
     schedule = spa.exponential_schedule(gamma, depth)
     assert len(schedule) == depth + 1 and schedule[0] == np.inf and schedule[-1] == gamma
     assert np.all(np.diff(schedule[1:]) < 0)
     s = np.sqrt(-np.expm1(-2 * schedule))
-    # An error of gamma EPS in gamma is one of phi^2 gamma EPS / s^2 <= EPS / 2 in log s; and log s / L has rounded, too.
-    assert np.allclose(np.diff(np.log(s)), np.log(s[-1]) / depth, rtol=0, atol=8 * EPS * (1 + abs(np.log(s[-1]))))
+    assert np.allclose(np.diff(np.log(s)), np.log(s[-1]) / depth, rtol=0,
+                       atol=8 * EPS * (1 + abs(np.log(s[-1]))))
 
 
 @given(depths, rhos, st.floats(0, 0.99))
@@ -140,170 +182,337 @@ def test_uniform_schedule(depth, rho, share):
 
 @given(schedules(), st.data())
 def test_products_map_every_kernel_to_every_later_one(schedule, data):
-    """A_l ... A_k maps Sigma_(k-1) to Sigma_l for every l >= k, and from Sigma_0 = I it is the Cholesky factor."""
-    family, values, length = schedule
+    """A_l ... A_k maps Sigma_(k-1) to Sigma_l for every l >= k; from I it is the Cholesky factor.
+
+    As for one matrix; of l - k + 1 factors, each of which moves a row by its entries' errors times
+    the row sums.
+    """
+    name, values, length = schedule
     k = data.draw(st.integers(1, len(values) - 1), label="k")
-    product, sigma = np.eye(length), kernel(family, values[k - 1], length)
-    for layer in range(k, len(values)):
-        product = np.exp(log_attention(family, values[layer - 1], values[layer], length)) @ product
-        # As for one matrix; of l - k + 1 factors, each of which moves a row by its entries' errors times the row sums.
-        factors = layer - k + 1
-        tolerance = factors * ((4 * length + 40) * EPS + 2 * length**2 * EPS * product.sum(-1).max() * (family == "uniform"))
-        assert np.max(np.abs(product @ sigma @ product.T - kernel(family, values[layer], length))) <= tolerance
+    product, sigma = np.eye(length), kernel(name, values[k - 1], length)
+    uniform = name == "uniform"
+    for factors, a in enumerate(attentions(schedule)[k - 1:], 1):
+        product = a @ product
+        of_entries = 2 * length**2 * EPS * product.sum(-1).max() * uniform
+        tolerance = factors * ((4 * length + 40) * EPS + of_entries)
+        target = kernel(name, values[k - 1 + factors], length)
+        assert np.max(np.abs(product @ sigma @ product.T - target)) <= tolerance
 
 
-@given(st.sampled_from(["espa", "uspa"]), depths, gammas, rhos, lengths)
-def test_the_network_asks_for_this_schedule(attn, depth, gamma, rho, length):
-    """theory.log_attentions: L matrices, whose product takes I to the kernel that the configuration names."""
-    matrices = theory.log_attentions(Config(depth=depth, attn=attn, gamma=gamma, rho=rho), length)
-    assert len(matrices) == depth
-    product = np.eye(length)
-    for (share, log_a), in matrices:
-        assert share == 1
-        product = np.exp(log_a) @ product
-    last = spa.exponential_kernel(gamma, length) if attn == "espa" else spa.uniform_kernel(rho, length)
-    tolerance = depth * (4 * length + 40) * EPS + 2 * depth * length**2 * EPS * product.sum(-1).max() * (attn == "uspa")
-    assert np.max(np.abs(product @ product.T - last)) <= tolerance
+@given(st.sampled_from(["espa", "uspa"]), depths, gammas, rhos, st.floats(0, 0.9), lengths)
+def test_the_network_asks_for_this_schedule(attn, depth, gamma, rho, share, length):
+    """FAMILIES: L maps, which take the first kernel to the one that the settings name.
+
+    What multiplies by A in O(T) sums up to T terms that may cancel: 4 T EPS of the largest entry,
+    twice a layer. An error goes on as a kernel does: by the row sums' square at most, which is that
+    of the product of all A >= 0 whose rows sum to 1 or more. So does one of A's entries.
+    """
+    config = resolve(depth=depth, attn=attn, gamma=gamma, rho=rho, rho_first=share * rho).model
+    kernel_maps = FAMILIES[attn].kernel_maps(config)
+    assert len(kernel_maps) == depth
+    first = np.eye(length) if attn == "espa" else spa.uniform_kernel(share * rho, length)
+    last = KERNELS["exponential" if attn == "espa" else "uniform"](
+        gamma if attn == "espa" else rho, length)
+    sigma, ones = first, np.ones((length, length))
+    for kernel_map in kernel_maps:
+        sigma, ones = kernel_map(sigma), kernel_map(ones)
+    tolerance = depth * (12 * length + 40) * EPS * ones.max() \
+        + 2 * depth * length**2 * EPS * np.sqrt(ones.max()) * (attn == "uspa")
+    assert np.max(np.abs(sigma - last)) <= tolerance
+
+
+UNLIKE = dict(gamma=(0.1, 0.1, 0.1, 0.02), depth=1)
 
 
 @pytest.mark.parametrize("refused", [
-    lambda: spa.exponential_schedule(1e9, 4), lambda: spa.exponential_schedule(-1.0, 4),
-    lambda: spa.uniform_schedule(1e-17, 4, 1e-17), lambda: spa.uniform_schedule(1.0, 4),
-    lambda: spa.exponential_log_attention(0.1, 0.1, 8), lambda: spa.exponential_log_attention(0.1, 0.2, 8),
-    lambda: spa.uniform_log_attention(0.2, 0.2, 8), lambda: spa.uniform_log_attention(0.2, 0.1, 8),
-    lambda: theory.constants(Config(far=1, length=1025, depth=1)), lambda: spa.exponential_kernel(float("nan"), 8), lambda: spa.uniform_kernel(1.0, 8)])
+    lambda: spa.exponential_schedule(1e9, 4),
+    lambda: spa.exponential_schedule(-1.0, 4),
+    lambda: spa.uniform_schedule(1e-17, 4, 1e-17),
+    lambda: spa.uniform_schedule(1.0, 4),
+    lambda: spa.exponential_log_attention(0.1, 0.1, 8),
+    lambda: spa.exponential_log_attention(0.1, 0.2, 8),
+    lambda: spa.uniform_log_attention(0.2, 0.2, 8),
+    lambda: spa.uniform_log_attention(0.2, 0.1, 8),
+    lambda: prescribed(lambda config: [[0.5, 0.1]], spa.uniform_kernel).bias(resolve().model),
+    lambda: theory.attention_constants(resolve(length=1025, **UNLIKE).model),
+    lambda: spa.exponential_kernel(float("nan"), 8),
+    lambda: spa.uniform_kernel(1.0, 8),
+])
 def test_what_has_no_such_attention_is_refused(refused):
+    """In one line."""
     with pytest.raises(ValueError) as caught:
         refused()
     assert "\n" not in str(caught.value)
 
 
-# --- The recursion of section 4 -------------------------------------------------------------------------------------------
+# --- The recursion over a network's depth -----------------------------------------------
 
-@given(schedules(), repeat_rates, skips, st.floats(0, 1))
-def test_recursion_keeps_a_unit_diagonal(schedule, r, skip, slope):
-    """Every position keeps mean square 1 at every depth: with repeats, MLPs and skips."""
-    family, values, length = schedule
-    matrices = [[(1.0, log_attention(family, a, b, length))] for a, b in zip(values, values[1:])]
-    blocks = list(spa.propagate(matrices, spa.repeat_kernel(r, length), lambda c: leaky_correlation(c, slope), *skip))
+
+@given(schedules(), collision_rates, skips, st.floats(0, 1), st.booleans())
+def test_recursion_keeps_a_unit_diagonal(schedule, r, skip, slope, norm):
+    """Every position keeps mean square 1 at every depth: with equal tokens, MLPs and skips."""
+    length = schedule[-1]
+    matrices = attentions(schedule)
+    blocks = list(kernel_recursion(maps(matrices), spa.uniform_kernel(r, length),
+                                   lambda c: leaky_correlation(c, slope), *skip, norm))
     assert len(blocks) == len(matrices)
     for layer, (n, sigma) in enumerate(blocks, 1):
         assert n.shape == (length,) and np.all(n > 0)
         assert np.allclose(np.diag(sigma), 1, rtol=0, atol=16 * EPS * layer)
-        assert np.array_equal(sigma, sigma.T) or np.allclose(sigma, sigma.T, rtol=0, atol=8 * length * EPS * layer)
+        assert np.allclose(sigma, sigma.T, rtol=0, atol=8 * length * EPS * layer)
 
 
 @given(schedules())
-def test_recursion_is_section_3_without_repeats_and_mlps(schedule):
-    family, values, length = schedule
-    matrices = [[(1.0, log_attention(family, a, b, length))] for a, b in zip(values, values[1:])]
-    start = kernel(family, values[0], length)
-    for layer, (n, sigma) in enumerate(spa.propagate(matrices, start, lambda c: c), 1):
-        tolerance = layer * ((8 * length + 80) * EPS + 8 * length**3 * EPS * (family == "uniform"))
+def test_recursion_is_attention_alone_without_equal_tokens_and_mlps(schedule):
+    """From the schedule's first kernel n = 1, and Sigma_l are those of the schedule."""
+    name, values, length = schedule
+    start = kernel(name, values[0], length)
+    recursion = kernel_recursion(maps(attentions(schedule)), start, identity)
+    for layer, (n, sigma) in enumerate(recursion, 1):
+        tolerance = layer * ((8 * length + 80) * EPS
+                             + 8 * length**3 * EPS * (name == "uniform"))
         assert np.allclose(n, 1, rtol=0, atol=tolerance)
-        assert np.allclose(sigma, kernel(family, values[layer], length), rtol=0, atol=tolerance)
+        assert np.allclose(sigma, kernel(name, values[layer], length), rtol=0, atol=tolerance)
 
 
-@given(depths, gammas, lengths, repeat_rates)
-def test_repeats_are_amplified_as_derived(depth, gamma, length, r):
-    """Plain: E Sigma_l = (1-r) Sigma_l + r u u^T, u_i = phi^(i-1) + s (1 - phi^(i-1)) / (1 - phi)."""
+@given(depths, gammas, lengths, collision_rates)
+def test_equal_tokens_are_amplified_as_derived(depth, gamma, length, r):
+    """With D = rowsum(A), n = 1: E Sigma_l = (1 - r) Sigma_l + r u u^T, where
+
+    u_i = phi^(i-1) + s (1 - phi^(i-1)) / (1 - phi). Tolerance: correlation() and back is a few
+    roundings more a layer; 1 - phi^(i-1) loses gamma's digits: relative to power's EPS.
+    """
     values = spa.exponential_schedule(gamma, depth)
-    matrices = [[(1.0, spa.exponential_log_attention(a, b, length))] for a, b in zip(values, values[1:])]
     phi = np.exp(-gamma)
     power = phi ** np.arange(length)
     u = power + np.sqrt(-np.expm1(-2 * gamma)) * (1 - power) / -np.expm1(-gamma)
     expected = (1 - r) * spa.exponential_kernel(gamma, length) + r * np.outer(u, u)
-    *_, (_, sigma) = spa.propagate(matrices, spa.repeat_kernel(r, length), lambda c: c, rescale=False)
-    # correlation() and back is a few roundings more a layer; 1 - phi^(i-1) loses gamma's digits: relative to power's EPS.
-    assert np.allclose(sigma, expected, rtol=depth * (8 * length + 80) * EPS + 8 * EPS / -np.expm1(-gamma))
+    *_, (_, sigma) = kernel_recursion(maps(attentions(("exponential", values, length))),
+                                      spa.uniform_kernel(r, length), identity,
+                                      n=np.ones((depth, length)))
+    rounding = depth * (8 * length + 80) * EPS + 8 * EPS / -np.expm1(-gamma)
+    assert np.allclose(sigma, expected, rtol=rounding)
+
+
+@given(schedules(), collision_rates, skips, st.floats(0, 1))
+def test_a_given_n_is_what_the_recursion_divides_by(schedule, r, skip, slope):
+    """Its own n gives the same kernels; half of it, without skips, four times as large a block.
+
+    Both to the last bit: all that changes is a power of 2, and MLPs pass sizes on as they are.
+    """
+    length = schedule[-1]
+    run = lambda skip, n=None: [*kernel_recursion(
+        maps(attentions(schedule)), spa.uniform_kernel(r, length),
+        lambda c: leaky_correlation(c, slope), *skip, n=n)]
+    for given_skip in (skip, (0.0, 1.0)):
+        free = run(given_skip)
+        own = run(given_skip, np.array([n for n, _ in free]))
+        assert all(np.array_equal(one, other) for (_, one), (_, other) in zip(free, own))
+    half = run((0.0, 1.0), np.array([n for n, _ in free]) / 2)
+    for layer, ((n, sigma), (given_n, larger)) in enumerate(zip(free, half), 1):
+        assert np.array_equal(given_n, n / 2) and np.array_equal(larger, 4.0**layer * sigma)
 
 
 @given(depths, rhos, lengths, st.floats(0, 0.9))
-def test_uniform_attention_from_the_repeats_on_needs_no_correction(depth, rho, length, share):
+def test_uniform_attention_from_equal_tokens_on_needs_no_correction(depth, rho, length, share):
     """rho_0 = r: the attention-only part is exact, n = 1."""
     values = spa.uniform_schedule(rho, depth, share * rho)
-    matrices = [[(1.0, spa.uniform_log_attention(a, b, length))] for a, b in zip(values, values[1:])]
-    for n, _ in spa.propagate(matrices, spa.repeat_kernel(share * rho, length), lambda c: c):
+    for n, _ in kernel_recursion(maps(attentions(("uniform", values, length))),
+                                 spa.uniform_kernel(share * rho, length), identity):
         assert np.allclose(n, 1, rtol=0, atol=depth * 8 * length**3 * EPS)
 
 
-@given(schedules(), schedules(), repeat_rates, st.integers(1, 3))
-def test_of_heads_that_differ_the_kernels_mean_goes_on(schedule, other, r, near):
-    """One block from E Sigma_0: `near` heads of four with one attention matrix, the rest with another, each of which is known."""
-    (family, values, length), (others, far, _) = schedule, other
-    heads = [log_attention(family, *values[:2], length), log_attention(others, *far[:2], length)]
-    shares, start = (near / 4, 1 - near / 4), spa.repeat_kernel(r, length)
-    (n, sigma), = spa.propagate([list(zip(shares, heads))], start, lambda c: c)
-    mean = sum(share * np.exp(a) @ start @ np.exp(a).T for share, a in zip(shares, heads))
+# --- Heads that differ ------------------------------------------------------------------
+
+
+@given(schedules(), st.floats(0.1, 0.9), collision_rates, st.integers(1, 3))
+def test_of_heads_that_differ_the_kernels_mean_goes_on(schedule, part, r, near):
+    """One block from E Sigma_0: `near` heads of four with one attention matrix, the others with
+    another. n^2 and Sigma are of the mean of their kernels."""
+    name, values, length = schedule
+    other = values[:2] * [1, part] if name == "exponential" else values[:2] + [0, part / 1e3]
+    heads = near * [values[:2]] + (4 - near) * [other]
+    config = resolve().model
+    family = prescribed(lambda config: heads, KERNELS[name], CLOSED_FORMS[name])
+    start = spa.uniform_kernel(r, length)
+    (n, sigma), = kernel_recursion(family.kernel_maps(config), start, identity)
+    matrices = np.exp([log_attention(name, *pair, length) for pair in heads])
+    mean = np.mean(matrices @ start @ matrices.swapaxes(1, 2), 0)
     assert np.allclose(n**2, np.diag(mean), rtol=1e-12)
-    assert np.allclose(sigma, mean / np.sqrt(np.outer(np.diag(mean), np.diag(mean))), rtol=1e-12)
+    size = np.sqrt(np.outer(np.diag(mean), np.diag(mean)))
+    assert np.allclose(sigma, mean / size, rtol=1e-12)
 
 
-@given(gammas, gammas, st.integers(1, 5), st.integers(0, 5), lengths)
-def test_each_head_has_its_own_memory(gamma, gamma_far, heads, far, length):
-    """The first heads near, the last `far` of them far: their bias and, over the common n, their row sums."""
-    config = Config(depth=2, width=2 * heads, heads=heads, far=min(far, heads), gamma=gamma, gamma_far=gamma_far, length=length, own=False)
-    constants, n = theory.constants(config), np.array([n for n, _ in theory.predict(config, theory.initial_kernel(config, length))])
-    for head in range(heads):
-        alone = replace(config, far=0, gamma=gamma if head < heads - config.far else gamma_far)
-        row = head if 0 < config.far < heads else 0                            # heads that are alike have one for all
-        assert np.array_equal(constants["decay"][:, row], theory.constants(alone)["decay"][:, 0])
-        rowsum = np.exp([log_a for (_, log_a), in theory.log_attentions(alone, length)]).sum(-1)
-        assert np.allclose(constants["rescale"][:, row], rowsum / n, rtol=(4 * length + 40) * EPS32)
+@given(unlike_heads, lengths)
+def test_each_head_has_its_own_memory(gammas, length):
+    """Each head's bias is that of its own gamma, and D its own row sums over the common n."""
+    heads = len(gammas)
+    config = resolve(depth=2, width=2 * heads, heads=heads, gamma=gammas, length=length).model
+    constants, n = theory.attention_constants(config), theory.position_scale(config)
+    predicted = theory.predict_kernels(config, theory.input_kernel(config, length))
+    assert np.array_equal(n, [each for each, _ in predicted])
+    for head, gamma in enumerate(gammas):
+        alone = replace(config, gamma=(gamma,) * heads)
+        for name in ("slope", "first_key_bias", "self_bias"):
+            mine = theory.attention_constants(alone)[name][:, 0]
+            assert np.array_equal(constants[name][:, head], mine)
+        schedule = "exponential", spa.exponential_schedule(gamma, 2), length
+        row_sum = attentions(schedule).sum(-1)
+        assert np.allclose(constants["row_scale"][:, head], row_sum / n,
+                           rtol=(4 * length + 40) * EPS32)
 
 
 @given(pairs().filter(lambda pair: pair[0] == "exponential"))
-def test_what_a_token_keeps_of_itself_leaves_nothing_but_decay(pair):
-    """A = c I + P with c >= 0, and log P is the flash form without its term for the own key; relative to each row's largest entry."""
+def test_without_its_identity_part_attention_is_nothing_but_decay(pair):
+    """A = c I + P with c >= 0, and log P is E-SPA's bias without its term for the own key.
+
+    Relative to each row's largest entry.
+    """
     _, *pair, length = pair
-    log_a, (c, ratio), (slope, first, own) = \
-        spa.exponential_log_attention(*pair, length), spa.exponential_own(*pair), spa.exponential_decay(*pair)
+    log_a = spa.exponential_log_attention(*pair, length)
+    (c, ratio), (slope, first, own) = spa.espa_identity_part(*pair), spa.espa_bias(*pair)
     lag = np.arange(length)[:, None] - np.arange(length)
-    log_p = np.where(lag >= 0, -slope * lag + np.where(np.arange(length) == 0, first, 0.0), -np.inf) + np.log(ratio) - own
+    bias = -slope * lag + np.where(np.arange(length) == 0, first, 0.0)
+    log_p = np.where(lag >= 0, bias, -np.inf) + np.log(ratio) - own
+    wrong = np.abs(np.exp(log_p) + c * np.eye(length) - np.exp(log_a))
     assert 0 <= c < ratio
-    assert np.max(np.abs(np.exp(log_p) + c * np.eye(length) - np.exp(log_a))) <= 20 * EPS * (1 + slope * length)
+    assert np.max(wrong) <= 20 * EPS * (1 + slope * length)
 
 
-@given(gammas, gammas, st.integers(1, 4), st.integers(0, 4), repeat_rates, lengths)
-def test_a_matrix_of_its_own_takes_the_least_that_any_head_keeps(gamma, gamma_far, heads, far, r, length):
-    """D softmax(B) of each head without it = c I + D' softmax(B') with it; c is as large as that allows: one head keeps nothing."""
-    config = Config(depth=3, width=2 * heads, heads=heads, far=min(far, heads), gamma=gamma, gamma_far=gamma_far, length=length, repeat_rate=r,
-                    own=False)
-    plain, apart = theory.constants(config), theory.constants(replace(config, own=True))
+def bias_of(family, constants, length):
+    """B of all layers and heads by a family's bias rows, masked: (L, H, T, T), float64."""
+    position, names = np.arange(length), constants.keys() - {"row_scale", "skip_scale"}
+    tables = [np.asarray(constants[name], float) for name in names]
+    rows = np.array([family.bias_rows(dict(zip(names, layer)), position[:, None], position)
+                     for layer in zip(*tables)])
+    return np.where(np.tri(length, dtype=bool), rows, -np.inf)
 
-    def matrices(constants):                                                   # (L, H, T, T)
-        bias = np.array(jax.vmap(lambda decay: model.decay_bias(decay, 0, length, length))(constants["decay"]), float)
-        return np.asarray(constants["rescale"], float)[..., None] * softmax(bias, -1)
 
-    c = np.asarray(apart["own"], float)[..., None] * np.eye(length)
-    size = np.asarray(plain["rescale"], float)[..., None]
+@given(unlike_heads, collision_rates, lengths)
+def test_an_identity_skip_takes_the_least_that_any_head_keeps(gammas, r, length):
+    """D softmax(B) of each head without it = c I + D' softmax(B') with it.
+
+    c is as large as that allows: one head's softmax keeps nothing.
+    """
+    heads = len(gammas)
+    config = resolve(depth=3, width=2 * heads, heads=heads, gamma=gammas, length=length,
+                     token_collision_rate=r).model
+    plain = theory.attention_constants(config)
+    apart = theory.attention_constants(replace(config, identity_skip=True))
+    assert "skip_scale" not in plain and apart["skip_scale"].shape == (3, length)
+    matrices = lambda constants: np.asarray(constants["row_scale"], float)[..., None] \
+        * softmax(bias_of(FAMILIES["espa"], constants, length), -1)
+    c = np.asarray(apart["skip_scale"], float)[:, None, :, None] * np.eye(length)
+    size = np.asarray(plain["row_scale"], float)[..., None]
     wrong = np.abs(matrices(apart) + c - matrices(plain)) / size
-    assert np.max(wrong) <= 8 * EPS32 * (2 + np.max(np.abs(plain["decay"])) * length)
-    assert np.all(c >= 0) and np.max(np.abs(np.min(apart["decay"][..., 2], 1))) <= 4 * EPS32 * (1 + np.max(plain["decay"][..., 2]))
+    largest = max(np.max(np.abs(plain[name])) for name in ("slope", "first_key_bias", "self_bias"))
+    assert np.max(wrong) <= 8 * EPS32 * (2 + largest * length)
+    least = np.min(apart["self_bias"], 1)
+    assert np.all(c >= 0)
+    assert np.max(np.abs(least)) <= 4 * EPS32 * (1 + np.max(plain["self_bias"]))
 
 
-@given(st.sampled_from(["espa", "uspa"]), gammas, rhos, repeat_rates, lengths)
-def test_the_constants_hold_repeats_down(attn, gamma, rho, r, length):
-    """In the first layer n^2 = 1 - r + r rowsum^2 for any A that takes I to a unit diagonal: D = rowsum / n."""
-    config = Config(depth=2, attn=attn, gamma=gamma, rho=rho, repeat_rate=r, length=length, position="none", own=False)
-    (_, log_a), = theory.log_attentions(config, length)[0]
-    rowsum, rescale = np.exp(log_a).sum(-1), np.asarray(theory.constants(config)["rescale"][0])
-    assert np.allclose(rescale, rowsum / np.sqrt(1 - r + r * rowsum**2), rtol=4 * EPS32)
+@given(st.sampled_from(["espa", "uspa"]), gammas, rhos, collision_rates, lengths)
+def test_the_constants_hold_equal_tokens_down(attn, gamma, rho, r, length):
+    """In the first layer n^2 = 1 - r + r rowsum^2 for any A that takes I to a unit diagonal.
+
+    D = rowsum / n.
+    """
+    config = resolve(depth=2, attn=attn, gamma=gamma, rho=rho, rho_first=0.0,
+                     token_collision_rate=r, length=length, position="none").model
+    name, values = ("exponential", spa.exponential_schedule(gamma, 2)) if attn == "espa" else \
+        ("uniform", spa.uniform_schedule(rho, 2))
+    row_sum = attentions((name, values, length))[0].sum(-1)
+    row_scale = theory.attention_constants(config)["row_scale"][0]
+    assert np.allclose(row_scale, row_sum / np.sqrt(1 - r + r * row_sum**2), rtol=4 * EPS32)
 
 
-# --- The non-causal form ---------------------------------------------------------------------------------------------------
+# --- The definition and the closed forms ------------------------------------------------
 
-@given(st.sampled_from(["exponential", "uniform"]), st.floats(0.05, 0.9), st.floats(0.05, 0.95), lengths)
-def test_symmetric_form_preserves_its_kernels(family, close, ratio, length):
-    """Sigma_out^(1/2) Sigma_in^(-1/2): what rounding costs is the kernels' condition numbers. Uniform kernels have their
-    eigenvectors in common, which makes A symmetric."""
-    out = -np.log(close) if family == "exponential" else close
-    before = out / ratio if family == "exponential" else out * ratio
-    sigma_in, sigma_out = kernel(family, before, length), kernel(family, out, length)
+SLOW = {
+    "espa": prescribed(
+        lambda config: [spa.exponential_schedule(gamma, config.depth) for gamma in config.gamma],
+        spa.exponential_kernel),
+    "uspa": prescribed(
+        lambda config: [spa.uniform_schedule(config.rho, config.depth, config.rho_first)],
+        spa.uniform_kernel),
+}
+
+
+@given(st.sampled_from([*SLOW]), st.integers(1, 4), st.integers(2, 24),
+       st.lists(st.floats(0.05, 0.66), min_size=2, max_size=2), st.floats(0.05, 0.9),
+       st.floats(0, 0.9), st.floats(0, 0.5), st.integers(0, 2**31 - 1))
+def test_kernel_and_schedule_alone_make_what_the_closed_forms_make(
+        attn, depth, length, gammas, rho, share, r, seed):
+    """An entry of FAMILIES that has nothing else gives the same row sums, kernel maps, D and B.
+
+    An entry of A is off by T EPS times the kernels' condition numbers, here those of the whole
+    schedule; `wrong` is that of D softmax(B), of a row sum T times as much. A kernel map carries it
+    twice, and n from block to block, where errors grow by the square of D at most.
+    """
+    config = resolve(attn=attn, depth=depth, width=4, heads=2, length=length, gamma=gammas,
+                     rho=rho, rho_first=share * rho, token_collision_rate=r).model
+    fast, slow = FAMILIES[attn], SLOW[attn]
+    last = [spa.exponential_kernel(gamma, length) for gamma in gammas] if attn == "espa" else \
+        [spa.uniform_kernel(rho, length)]
+    wrong = 2 * length * EPS * max(map(np.linalg.cond, last))
+
+    sums = fast.row_sums(config)                                           # (L, H, T)
+    assert np.max(np.abs(slow.row_sums(config) - sums)) <= length * wrong
+
+    x = np.random.default_rng(seed).normal(size=(length, length))
+    sigma = x @ x.T / length
+    for one, other in zip(fast.kernel_maps(config), slow.kernel_maps(config), strict=True):
+        size = length * sums.max() * np.abs(sigma).max()
+        assert np.max(np.abs(one(sigma) - other(sigma))) <= 2 * size * wrong
+
+    def matrices(family):
+        """diag(row sums) softmax(B), (L, H, T, T), by the family's own bias rows."""
+        bias = bias_of(family, family.bias(config), length)
+        return family.row_sums(config)[..., None] * softmax(bias, -1)
+
+    assert np.max(np.abs(matrices(slow) - matrices(fast))) <= 2 * length * wrong
+
+    constants = theory.attention_constants(config)
+    with mock.patch.dict(FAMILIES, {attn: slow}):
+        of_slow = theory.attention_constants(config)
+    assert of_slow.keys() == {"row_scale", "bias"}
+    growth = np.prod(constants["row_scale"].max((1, 2)).astype(float))**2
+    of_n = depth * 2 * length * sums.max() * wrong * growth
+    assert np.allclose(of_slow["row_scale"], constants["row_scale"], rtol=4 * EPS32 + of_n)
+
+
+@given(st.integers(1, 4), st.floats(-1, 1), st.integers(2, 128), collision_rates, skips)
+def test_n_is_level_beyond_what_attention_looks_back(depth, power, length, r, skip):
+    """n of all positions, computed to the end, and that of the first ones, padded.
+
+    Keys 16 / gamma away weigh exp(-16) of those at hand; each block adds its own part.
+    """
+    alpha, beta = skip
+    config = resolve(depth=depth, gamma=10**power, length=length, token_collision_rate=r,
+                     alpha=alpha, beta=beta).model
+    with mock.patch.object(theory, "EXACT_LENGTH", int(np.ceil(16 / config.gamma[0]))):
+        padded = theory.position_scale(config)
+    assert np.allclose(padded, theory.position_scale(config), rtol=4 * depth * np.exp(-16))
+
+
+# --- The non-causal form ----------------------------------------------------------------
+
+
+@given(st.sampled_from([*KERNELS]), st.floats(0.05, 0.9), st.floats(0.05, 0.95), lengths)
+def test_symmetric_form_preserves_its_kernels(name, close, ratio, length):
+    """Sigma_out^(1/2) Sigma_in^(-1/2): what rounding costs is the kernels' condition numbers.
+
+    Uniform kernels have their eigenvectors in common, which makes A symmetric. The other way round
+    entries are negative.
+    """
+    out = -np.log(close) if name == "exponential" else close
+    before = out / ratio if name == "exponential" else out * ratio
+    sigma_in, sigma_out = kernel(name, before, length), kernel(name, out, length)
     a = spa.symmetric_attention(sigma_in, sigma_out)
     assert a.min() >= 0
     tolerance = 8 * length * EPS * (np.linalg.cond(sigma_in) + np.linalg.cond(sigma_out))
     assert np.max(np.abs(a @ sigma_in @ a.T - sigma_out)) <= tolerance
-    assert family == "exponential" or np.max(np.abs(a - a.T)) <= tolerance
-    with pytest.raises(ValueError, match="no softmax makes this"):         # the other way round entries are negative
+    assert name == "exponential" or np.max(np.abs(a - a.T)) <= tolerance
+    with pytest.raises(ValueError, match="no softmax makes this"):
         spa.symmetric_attention(sigma_out, sigma_in)

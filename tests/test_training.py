@@ -1,135 +1,275 @@
-"""Data and training: every token once an epoch, losses that fall, and the same ones for the same seed, to the last bit."""
-from dataclasses import replace
+"""Data and training.
+
+Every token once an epoch, losses that fall, and the same ones for the same seed, to the last bit.
+"""
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
-from minitf import Config, data, model, spa, theory, train
-from run import DATA, ENCODING
+from minitf import resolve
+from minitf.config import DataConfig
+from minitf.network.init import init
+from minitf.presets import PRESETS
+from minitf.theory import spa
+from minitf.theory.kernels import attention_constants
+from minitf.training import data, optimizer, train
+from minitf.training.encoding import encode, load_encoding
 
+EPS32 = np.finfo(np.float32).eps
 SHAPE = dict(depth=14, width=16, heads=2, length=16, batch=8)
+SMALL = dict(depth=3, width=16, heads=2, length=8, batch=2)
+
+
+# --- Data -------------------------------------------------------------------------------
 
 
 @given(st.text(max_size=200))
 def test_any_text_comes_back(text):
-    encoding = data.load_encoding(str(ENCODING))
-    assert encoding.decode(data.encode([text], encoding).tolist()) == text
+    encoding = load_encoding(str(data.RANKS))
+    assert encoding.decode(encode([text], encoding).tolist()) == text
 
 
 @given(st.integers(2, 20), st.integers(1, 9), st.integers(30, 400), st.integers(0, 2**31 - 1))
 def test_an_epoch_has_every_window_once(length, size, count, seed):
-    """Over `windows` steps of `size` sequences there are `size` whole epochs, whatever the sizes."""
+    """`windows` steps of `size` sequences are `size` whole epochs, whatever the sizes.
+
+    Each has its own order: two of 20 windows are alike once in 20!.
+    """
     tokens = np.arange(count)
     windows = (count - 1) // length
-    starts = np.concatenate([data.batch(tokens, length, size, seed, step)[:, 0] for step in range(windows)])
-    assert np.array_equal(np.sort(starts.reshape(size, windows), 1), np.tile(np.arange(windows) * length, (size, 1)))
+    starts = np.concatenate([data.batch(tokens, length, size, seed, step)[:, 0]
+                             for step in range(windows)])
+    expected = np.tile(np.arange(windows) * length, (size, 1))
+    epochs = starts.reshape(size, windows)
+    assert np.array_equal(np.sort(epochs, 1), expected)
+    assert windows < 20 or len(np.unique(epochs, axis=0)) == size
 
 
-def losses(steps, **flags):
-    config = Config(**SHAPE, steps=steps, repeat_rate=0.012, **flags)
-    encoding = data.load_encoding(str(ENCODING))
-    tokens = data.load(str(DATA), encoding, config.length).train
-    params, constants = model.init(jax.random.key(config.seed), config, encoding.n_vocab), theory.constants(config)
-    opt_state, out = train.make_optimizer(config).init(params), []
+# --- Losses -----------------------------------------------------------------------------
+
+
+corpus = cache(partial(data.load, DataConfig(data=None, val_data=None, encoding=None), 16))
+start = jax.jit(init, static_argnums=(1, 2))
+
+
+def losses(preset, steps, **flags):
+    """The losses of the first steps of a run, each before its update."""
+    settings = resolve(preset, 0.012, **SHAPE, steps=steps, **flags)
+    model, how, out = settings.model, settings.training, []
+    params = start(jax.random.key(how.seed), model, corpus().encoding.n_vocab)
+    constants, rates = attention_constants(model), optimizer.group_rates(how, model)
+    state = optimizer.make_optimizer(how.optimizer).init(params)
     for step in range(steps):
-        batch = data.batch(tokens, config.length, config.batch, config.seed, step)
-        params, opt_state, values = train.train_step(params, opt_state, constants, batch, config)
+        batch = data.batch(corpus().train, model.length, how.batch, how.seed, step)
+        params, state, values = train.train_step(
+            params, state, constants, rates, optimizer.learning_rate(how, step), batch, model,
+            how.optimizer)
         out.append(float(values["loss"]))
     return out
 
 
-@pytest.mark.parametrize("flags", [dict(), dict(block="preln"), dict(block="weighted"), dict(attn="vskip", optimizer="adamw")], ids=str)
-def test_loss_falls(flags):
-    """From ln 1,024 = 6.93, the uniform guess, within a few steps; tokens' frequencies alone would give 5.79."""
-    values = losses(40, learning_rate=5e-3, **flags)
+@pytest.mark.parametrize("preset, flags", [
+    *((preset, {}) for preset in PRESETS), ("paper", dict(attn="vskip"))], ids=str)
+def test_loss_falls(preset, flags):
+    """From ln 1,024 = 6.93, the uniform guess, within a few steps.
+
+    Tokens' frequencies alone would give 5.79.
+    """
+    values = losses(preset, 40, learning_rate=5e-3, **flags)
     assert np.mean(values[-5:]) < np.mean(values[:3]) - 0.3
 
 
 def test_the_same_seed_gives_the_same_losses_to_the_last_bit():
-    assert losses(5) == losses(5) != losses(5, seed=1)
+    five = partial(losses, "isometric", 5)
+    assert five() == five() != five(seed=1)
 
 
-@given(st.integers(1, 9), st.integers(1, 12), st.integers(2, 60), st.floats(0.01, 20), st.integers(0, 2**31 - 1))
-def test_cross_entropy_and_its_gradients(count, width, vocabulary, size, seed):
-    """Against float64. Rounding: of logits that are sums of `width` products, then in the exponent; of sums of `vocabulary`."""
-    rng = np.random.default_rng(seed)
-    x, head, g = size * rng.normal(size=(count, width)), rng.normal(size=(width, vocabulary)), rng.normal(size=count)
-    x, head, g, targets = *(a.astype(np.float32) for a in (x, head, g)), rng.integers(0, vocabulary, count)
-    losses, back = jax.vjp(lambda x, head: train.cross_entropy(x, head, targets), x, head)
-    z = x.astype(float) @ head
-    z = z - z[np.arange(count), targets][:, None]
-    total = np.exp(z).sum(1)
-    assume(z.max() < train.LARGEST)
-    error = np.exp(z) / total[:, None] - (np.arange(vocabulary) == targets[:, None])
-    wrong = np.finfo(np.float32).eps * (vocabulary + 4 * width * np.abs(x).max() * np.abs(head).max() + np.abs(z).max(1))     # (N,)
-    assert np.all(np.abs(losses - np.log(total)) < wrong)
-    dx, dhead = back(g)
-    assert np.all(np.abs(dx - g[:, None] * (error @ head.T)) < (np.abs(g) * wrong * 4 * np.abs(head).max())[:, None])
-    assert np.all(np.abs(dhead - x.T @ (g[:, None] * error)) < (np.abs(x) * (np.abs(g) * wrong)[:, None]).sum(0)[:, None] * 4)
+# --- Rates ------------------------------------------------------------------------------
 
 
-def test_a_loss_beyond_what_float32_can_say_is_large_and_has_a_finite_gradient():
-    loss, back = jax.vjp(lambda head: train.cross_entropy(jnp.ones((1, 1)), head, jnp.array([0]))[0], jnp.array([[-1e4, 0.0, 1e4]]))
-    assert loss >= train.LARGEST and np.allclose(back(1.0)[0], [[-1, 0.5, 0.5]])
+@given(st.integers(1, 500), st.floats(0, 1, exclude_max=True), st.floats(1e-6, 1.0))
+def test_the_learning_rate_warms_up_and_falls_to_zero(steps, share, peak):
+    """Linear, then half a cosine: as optax has it, to the rounding of its float32 arithmetic."""
+    how = resolve(steps=steps, warmup=int(share * steps), learning_rate=peak).training
+    expected = optax.warmup_cosine_decay_schedule(0.0, peak, how.warmup, steps) if how.warmup \
+        else optax.cosine_decay_schedule(peak, steps)
+    at = [optimizer.learning_rate(how, step) for step in range(steps + 1)]
+    assert at[0] == (0 if how.warmup else np.float32(peak)) and at[-1] == 0
+    assert at[how.warmup] == max(at) == np.float32(peak)
+    assert np.all(np.diff(at[how.warmup:]) < 0) and np.all(np.diff(at[:how.warmup + 1]) > 0)
+    for step in {0, 1, how.warmup, (how.warmup + steps) // 2, steps - 1, steps}:
+        assert abs(at[min(step, steps)] - expected(min(step, steps))) <= 8 * EPS32 * peak
 
 
-@given(st.integers(1, 3), st.integers(1, 12), st.integers(1, 12), st.floats(0.01, 100), st.floats(0, 0.5), st.integers(0, 2**31 - 1))
-def test_a_step_to_orthogonal_maps_each_singular_value(layers, fan_in, fan_out, size, spread, seed):
-    """s -> s + s (1 - s^2 / c^2) / 2 with c^2 = mean s^2, singular vectors kept: by an SVD in float64.
+@given(st.sampled_from(list(PRESETS)), st.integers(1, 200), st.integers(1, 300),
+       st.sampled_from(["muon", "adamw"]))
+def test_rates_fall_with_width_and_where_there_are_no_skips_with_depth(preset, depth, half, name):
+    """By the root of the width, 64, and of the depth, 36: what was tuned is at these.
 
-    Rounding: products of at most 12 terms, of matrices whose entries are below their largest singular value.
+    Embeddings and head stand once in the network: their own rate does not fall with the depth,
+    unless there is one rate for all.
     """
-    rng, n = np.random.default_rng(seed), min(fan_in, fan_out)
-    u, _, vt = np.linalg.svd(rng.normal(size=(layers, fan_in, fan_out)), full_matrices=False)
-    s = size * rng.uniform(1 - spread, 1 + spread, (layers, n))
-    w = np.float32(u * s[:, None] @ vt)
-    moved = s * (1 - s**2 / np.mean(s**2, 1, keepdims=True)) / 2
-    wrong = np.abs(train.to_orthogonal(jnp.asarray(w)) - u * moved[:, None] @ vt)
-    assert np.max(wrong) <= 4 * 3 * 12 * np.finfo(np.float32).eps * s.max() * (s.max() / s.mean())**2
+    at = lambda width, depth: resolve(preset, heads=1, width=width, depth=depth,
+                                      optimizer=name).training
+    here, tuned, rates = at(2 * half, depth), at(64, 36), PRESETS[preset]["rates"][name]
+    assert tuned.learning_rate == rates.learning_rate and tuned.lr_mult_embed == rates.embed
+    chain = preset in ("isometric", "paper", "identity-skip")
+    by_depth, by_width = (36 / depth)**0.5 if chain else 1.0, (64 / (2 * half))**0.5
+    assert here.learning_rate == pytest.approx(tuned.learning_rate * by_width * by_depth)
+    assert (here.lr_mult_qk, here.lr_mult_vo) == (rates.qk, rates.vo)
+    if rates.embed == 1:
+        assert here.lr_mult_embed == 1
+    else:
+        own = here.learning_rate * here.lr_mult_embed
+        assert own == pytest.approx(tuned.learning_rate * tuned.lr_mult_embed * by_width)
 
 
-@given(st.integers(1, 200), st.integers(1, 32), st.sampled_from(["muon", "adamw"]), st.booleans())
-def test_deeper_chains_learn_more_slowly_but_for_their_ends(depth, more, optimizer, own):
-    shallow, deep = (Config(depth=each, heads=1, width=2 * each, optimizer=optimizer, own=own) for each in (depth, depth + more))
-    size = (deep.width / shallow.width)**0.5                  # rates fall with the width as its root, all of them
-    assert deep.learning_rate * size < shallow.learning_rate
-    at = [Config(depth=each, optimizer=optimizer, own=own).learning_rate for each in (9, 36, 144)]
-    assert at == pytest.approx([2 * at[1], at[1], at[1] / 2])
-    assert deep.learning_rate * deep.ends * size == pytest.approx(shallow.learning_rate * shallow.ends)
-    skips = Config(depth=depth, block="weighted", optimizer=optimizer), Config(depth=depth + more, block="weighted", optimizer=optimizer)
-    assert skips[0].learning_rate == skips[1].learning_rate
+GROUP_OF = {"embed": "embed", "position": "embed", "norm": "embed", "head": "embed",
+            "query": "qk", "key": "qk", "value": "vo", "output": "vo", "up": "mlp", "down": "mlp",
+            "norm1": None, "norm2": None, "vskip_alpha": None, "vskip_beta": None}
+PLAIN = dict(learning_rate=1e-3, warmup=0, lr_mult_embed=1.0, lr_mult_qk=1.0, lr_mult_vo=1.0,
+             weight_decay=0.0, orthogonal_pull=0.0)
 
 
-@pytest.mark.parametrize("own, far", [(False, 0), (True, 0), (True, 1)])
-def test_each_parameter_moves_at_its_own_rate(own, far):
-    """A step from the same gradient with other multiples: exactly these parameters move so many times as far."""
-    config = Config(**SHAPE, repeat_rate=0.012, own=own, far=far, ends=1.0, qk=1.0, vo=1.0, orthogonality=0.0, balance=0.0, warmup=0, optimizer="adamw")
-    params = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(1), leaf.shape),
-                          model.init(jax.random.key(0), config, 50))
-    assert {name for name, leaf in params["blocks"].items() if leaf.ndim == 3} <= set(train.MATRICES)        # which Muon trains
-    gradient = jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(leaf.size), leaf.shape), params)
+@partial(jax.jit, static_argnums=4)
+def first_update(gradient, params, rates, learning_rate, name):
+    chain = optimizer.make_optimizer(name)
+    return chain.update(gradient, chain.init(params), params, rates=rates,
+                        learning_rate=learning_rate)[0]
 
-    def moves(**flags):
-        optimizer = train.make_optimizer(replace(config, **flags))
-        return dict(train.named_leaves(optimizer.update(gradient, optimizer.init(params), params)[0]))
 
-    # c of A = c I + P: P falls by exp(-gamma) from one column to the one before it, A's diagonal apart. Heads share the least.
-    c = np.full((config.depth, 1, 1), float(own))
-    for gamma in [config.gamma, config.gamma_far][:own + far]:
-        gammas = spa.exponential_schedule(gamma, config.depth)
-        for layer, pair in enumerate(zip(gammas, gammas[1:])):
+def moves(settings, params, gradient, **flags):
+    """{name: its move in a first step} with other flags of training."""
+    settings = settings.replace(**{**PLAIN, **flags})
+    how = settings.training
+    updates = first_update(gradient, params, optimizer.group_rates(how, settings.model),
+                           optimizer.learning_rate(how, 0), how.optimizer)
+    return {name.split("/")[-1]: np.asarray(leaf) for name, leaf in train.named_leaves(updates)}
+
+
+def parts_kept(gammas, depth):
+    """c, (L,), of A = c I + P, the least over heads, from A's definition.
+
+    P falls by exp(-gamma) from one column to the one before it, A's diagonal apart.
+    """
+    c = np.full(depth, np.inf)
+    for gamma in gammas:
+        schedule = spa.exponential_schedule(gamma, depth)
+        for layer, pair in enumerate(zip(schedule, schedule[1:])):
             a = spa.cholesky_attention(*(spa.exponential_kernel(each, 8) for each in pair))
             c[layer] = min(c[layer], a[-1, -1] - a[-1, -2] * np.exp(pair[1]))
+    return c
 
-    plain, other, pulled = moves(), moves(ends=3.0, qk=5.0, vo=0.5), moves(orthogonality=0.5)      # by 0.5 x 0.1 or so, the steps by 0.001
-    balanced = moves(balance=0.3)
+
+@pytest.mark.parametrize("preset, flags", [
+    ("isometric", {}), ("identity-skip", dict(optimizer="adamw")),
+    ("identity-skip", dict(optimizer="adamw", gamma=(0.8, 0.16))),
+    ("preln", dict(attn="vskip", position="learned"))], ids=str)
+def test_each_parameter_moves_at_its_own_rate(preset, flags):
+    """A step from the same gradient with other rates: exactly these move so many times as far.
+
+    Decay is of a group's matrices, at the group's rate. A pull is not: it is a share. Where a
+    token passes attention by a skip c, queries, keys, values and outputs learn faster by
+    (1 - c^2)^-1/2. To float32's rounding of sums and products.
+    """
+    settings = resolve(preset, 0.012, **SMALL, **flags)
+    leaf = lambda w: w + 0.1 * jax.random.normal(jax.random.key(1), w.shape)
+    params = jax.tree.map(leaf, init(jax.random.key(0), settings.model, 50))
+    gradient = jax.tree.map(lambda w: jax.random.normal(jax.random.key(w.size), w.shape), params)
+    weights = {name.split("/")[-1]: np.asarray(w) for name, w in train.named_leaves(params)}
+    matrices = {name for name, w in params["blocks"].items() if w.ndim == 3}
+    assert weights.keys() <= GROUP_OF.keys()
+    assert matrices == {name for name in weights
+                        if GROUP_OF[name] in optimizer.MATRIX_GROUPS}          # Muon's
+
+    after = partial(moves, settings, params, gradient)
+    plain, other = after(), after(lr_mult_embed=3.0, lr_mult_qk=5.0, lr_mult_vo=0.5)
+    factors = {"embed": 3.0, "qk": 5.0, "vo": 0.5, "mlp": 1.0, None: 1.0}
+    decayed = after(lr_mult_qk=5.0, weight_decay=100.0, decay_groups="qk,mlp")
+    undecayed = after(lr_mult_qk=5.0)
+    pulled = after(lr_mult_vo=0.5, orthogonal_pull=0.25, pull_groups="vo")
+    unpulled = after(lr_mult_vo=0.5)
+    skipping = settings.model.identity_skip
+    unskipped = moves(settings.replace(identity_skip=False), params, gradient)
+    c = parts_kept(settings.model.gamma, 3) if skipping else np.zeros(3)
     for name, move in plain.items():
-        factor = {"embed": 3, "head": 3, "blocks/query": 5, "blocks/key": 5, "blocks/value": 0.5, "blocks/output": 0.5}.get(name, 1)
-        assert np.any(move) and np.allclose(other[name], factor * move, rtol=1e-6, atol=0), name
-        more = (1 - c**2)**-0.3 if name.split("/")[-1] in ("query", "key", "value", "output") else 1
-        assert np.allclose(balanced[name], more * move, rtol=1e-5, atol=0), name
-        assert (np.max(np.abs(pulled[name] - move)) > 0.01) == (name.split("/")[-1] in (train.CHAIN_OWN if own else train.CHAIN)), name
+        group, near = GROUP_OF[name], partial(np.allclose, rtol=1e-5)
+        by_block = (1 - c[:, None, None]**2)**-0.5 if group in ("qk", "vo") else 1.0
+        assert np.any(move) and near(other[name], factors[group] * move, atol=0), name
+        assert near(move, by_block * unskipped[name], atol=0), name
+        decay = {"qk": 5.0, "mlp": 1.0}.get(group, 0.0) * 1e-3 * 100.0 * by_block * weights[name]
+        assert near(decayed[name], undecayed[name] - decay, atol=1e-6), name
+        if group == "vo":
+            way = np.asarray(optimizer.newton_schulz_pull(weights[name]))
+            assert np.max(np.abs(way)) > 0.01
+            assert near(pulled[name], unpulled[name] + 0.25 * way, atol=1e-6), name
+        else:
+            assert np.array_equal(pulled[name], unpulled[name]), name
+
+
+@given(st.sampled_from([(1, 1, 1), (3, 1, 7), (2, 12, 5), (1, 5, 12), (2, 8, 8), (1, 3, 2)]),
+       st.floats(0.01, 100), st.floats(0, 0.5), st.integers(0, 2**31 - 1))
+def test_a_pull_to_orthogonal_maps_each_singular_value(shape, size, spread, seed):
+    """s -> s + s (1 - s^2 / c^2) / 2 with c^2 = mean s^2, singular vectors kept: an SVD in float64.
+
+    Rounding: products of at most 12 terms, of matrices whose entries are below their largest
+    singular value.
+    """
+    rng = np.random.default_rng(seed)
+    u, _, vt = np.linalg.svd(rng.normal(size=shape), full_matrices=False)
+    s = size * rng.uniform(1 - spread, 1 + spread, (shape[0], min(shape[1:])))
+    w = np.float32(u * s[:, None] @ vt)
+    moved = s * (1 - s**2 / np.mean(s**2, 1, keepdims=True)) / 2
+    wrong = np.abs(optimizer.newton_schulz_pull(jnp.asarray(w)) - u * moved[:, None] @ vt)
+    assert np.max(wrong) <= 4 * 3 * 12 * EPS32 * s.max() * (s.max() / s.mean())**2
+
+
+# --- Trials -----------------------------------------------------------------------------
+
+
+def test_trials_that_differ_in_numbers_alone_are_one_program():
+    """Other rates, gamma and seeds compile nothing anew, and run side by side under vmap.
+
+    Side by side they give the losses that each gives alone, to rounding: sums of products in
+    another order, over three steps.
+    """
+    base = resolve("isometric", 0.012, **SMALL, steps=10, warmup=0)
+    trials = [base.replace(**flags) for flags in (
+        {}, dict(learning_rate=3e-3, weight_decay=0.3, seed=1), dict(gamma=(0.1, 0.02)),
+        dict(lr_mult_embed=7.0, lr_mult_qk=2.0, lr_mult_vo=3.0, orthogonal_pull=0.5, seed=2))]
+    model, name = base.model, base.training.optimizer
+    chain, batch = optimizer.make_optimizer(name), np.arange(18).reshape(2, 9) % 50
+
+    def begin(trial):
+        params = start(jax.random.key(trial.training.seed), model, 50)
+        rest = attention_constants(trial.model), optimizer.group_rates(trial.training, model)
+        return params, chain.init(params), *rest
+
+    def three_steps(step, state, rate):
+        params, opt_state, constants, rates = state
+        out = []
+        for number in range(3):
+            params, opt_state, values = step(params, opt_state, constants, rates, rate(number),
+                                             batch)
+            out.append(np.asarray(values["loss"]))
+        return np.array(out)
+
+    rate = lambda trial, number: optimizer.learning_rate(trial.training, number)
+    step = partial(train.train_step, config=model, optimizer=name)
+    before = train.train_step._cache_size()
+    alone = [three_steps(step, begin(trial), partial(rate, trial)) for trial in trials]
+    assert train.train_step._cache_size() == before + 1
+
+    together = jax.jit(jax.vmap(step, in_axes=(0, 0, 0, 0, 0, None)))
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(begin, trials))
+    side_by_side = three_steps(together, stacked,
+                               lambda number: np.array([rate(trial, number) for trial in trials]))
+    assert together._cache_size() == 1
+    assert np.allclose(side_by_side.T, alone, rtol=1e-4)
+    assert len({values[2] for values in map(tuple, np.float32(alone))}) == len(trials)

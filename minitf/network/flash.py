@@ -7,7 +7,7 @@ their logits: those are not visited (`attention_window`). Without a decay it is 
 
 Queries, keys and values come as the one array that a matrix product made, and their gradients go
 back as one. operations.softmax_attention is the reference. Blocks and the recomputation of the
-backward pass follow FlashAttention-2 (Dao 2023, arXiv 2307.08691). Logarithms are to base 2 in here.
+backward pass follow FlashAttention-2 (Dao 2023, arXiv 2307.08691). Logarithms are to base 2.
 """
 from functools import partial
 

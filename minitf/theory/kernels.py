@@ -107,11 +107,13 @@ def attention_constants(config):
     n = position_scale(config)
     if config.identity_skip:
         c, diagonal = identity_parts(config)
-        constants["self_bias"] = constants["self_bias"] + np.log1p(-c[:, None] / diagonal)
+        with np.errstate(divide="ignore"):             # c is all of a diagonal: refused below
+            constants["self_bias"] = constants["self_bias"] + np.log1p(-c[:, None] / diagonal)
         constants["skip_scale"] = c[:, None] / n
         row_scale = row_scale - c[:, None, None]
     constants["row_scale"] = row_scale / n[:, None]
-    require(np.isfinite(constants["row_scale"]).all(),
+    others = [table for name, table in constants.items() if name != "bias"]   # of uspa: log 0
+    require(all(np.isfinite(table).all() for table in others),
             f"attn {config.attn} has no finite constants with these parameters: less extreme "
             "gamma or rho are needed")
     return {name: np.asarray(table, np.float32) for name, table in constants.items()}

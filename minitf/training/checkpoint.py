@@ -220,8 +220,10 @@ def restore(arrays):
 
 def restore_settings(saved):
     """The Settings in a dict that JSON gave back."""
-    model = {**saved["model"], "gamma": tuple(saved["model"]["gamma"])}
-    settings = Settings(saved["preset"], saved["flags"], ModelConfig(**model),
+    tuples = lambda part: {name: tuple(value) if isinstance(value, list) else value
+                           for name, value in part.items()}
+    settings = Settings(saved["preset"], tuples(saved["flags"]),
+                        ModelConfig(**tuples(saved["model"])),
                         TrainingConfig(**saved["training"]), DataConfig(**saved["data"]))
     settings.replace()                    # its flags must be flags
     return settings

@@ -1,0 +1,70 @@
+"""What the README shows is true: its code is the package's, its examples run, its flags exist."""
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.special import softmax
+
+from minitf.cli.main import make_parser
+from minitf.theory import spa
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+SHOWN = [block for block in BLOCKS if block.startswith("def ")]
+EXAMPLES = [block for block in BLOCKS if not block.startswith("def ")]
+
+
+def test_the_code_shown_is_the_code():
+    """Each function, letter by letter."""
+    sources = [path.read_text() for path in (ROOT / "minitf").rglob("*.py")]
+    functions = [function.strip() for block in SHOWN for function in re.split(r"\n(?=def )", block)]
+    assert len(functions) >= 3
+    for function in functions:
+        assert any(function + "\n" in source for source in sources), function
+
+
+def test_the_commands_shown_are_commands():
+    """Every `python run.py ...` and every flag in the tables is one that the parser takes."""
+    parser = make_parser()
+    commands = re.findall(r"python run\.py ([^`\n|]*)", README)
+    flags = [flag for flag in re.findall(r"`(--[^`]*)`", README) if " " in flag]
+    assert commands and flags
+    for arguments in {*commands, *flags} - {"--help"}:
+        parser.parse_args(arguments.split())
+
+
+def test_the_examples_run():
+    for example in EXAMPLES:
+        names = {}
+        exec(example, names)
+    assert names["logits"].shape == (64, 1024) and np.all(np.isfinite(names["logits"]))
+
+
+def test_the_constants_for_other_frameworks_make_the_attention():
+    """With W^Q = 0 the example's softmax is A; in PyTorch too, where that is installed.
+
+    float32 rounds a bias of size |B| to |B| EPS32, a relative error of a weight.
+    """
+    gammas = spa.exponential_schedule(0.005, 36)
+    for before, after in list(zip(gammas, gammas[1:]))[::12]:
+        row_scale, bias = spa.row_scale_and_bias(spa.exponential_log_attention(before, after, 128))
+        kernels = spa.exponential_kernel(before, 128), spa.exponential_kernel(after, 128)
+        attention = spa.cholesky_attention(*kernels)
+        assert np.allclose(row_scale[:, None] * softmax(bias, -1), attention, rtol=0, atol=1e-9)
+
+
+def test_the_constants_work_in_pytorch():
+    torch = pytest.importorskip("torch")
+    gammas = spa.exponential_schedule(0.005, 36)
+    row_scale, bias = spa.row_scale_and_bias(spa.exponential_log_attention(*gammas[10:12], 128))
+    v = np.random.default_rng(0).normal(size=(128, 8)).astype(np.float32)
+    q, k, tensor = torch.zeros(128, 8), torch.randn(128, 8), torch.tensor(v)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q, k, tensor, attn_mask=torch.tensor(bias, dtype=torch.float32))
+    out = row_scale[:, None] * out.numpy()
+    expected = row_scale[:, None] * softmax(bias, -1) @ v
+    largest = np.abs(bias[np.isfinite(bias)]).max()
+    rounding = 8 * largest * np.finfo(np.float32).eps * np.abs(v).max()
+    assert np.max(np.abs(out - expected) / row_scale[:, None]) <= rounding
