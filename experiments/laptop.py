@@ -46,16 +46,17 @@ def run(names, seeds):
 
 def report():
     picture, axes = figure((9, 4.6))
-    groups = {name: [each for each in read(RECORDS) if each["flags"] == name] for name in RUNS}
+    lines = dict.fromkeys(each["flags"] for each in read(RECORDS)) | RUNS
+    groups = {name: [each for each in read(RECORDS) if each["flags"] == name] for name in lines}
     mean = lambda name: np.mean([each["validation_loss"] for each in groups[name]])
     print(header("`python run.py ...`", "validation loss", "of seeds 0, 1, ..."))
-    for name in sorted(filter(groups.get, RUNS), key=mean):
+    for name in sorted(filter(groups.get, lines), key=mean):
         values = ", ".join(f"{each['validation_loss']:.2f}" for each in groups[name])
         print(row(f"`{name}`", f"{mean(name):.2f}", values))
-        if RUNS[name]:
+        if lines[name]:
             losses = np.mean([each["loss"] for each in groups[name]], 0)
             steps = np.arange(EVERY, EVERY * len(losses) + 1, EVERY)
-            axes.plot(steps, losses, RUNS[name], label=f"{name}: {mean(name):.2f}")
+            axes.plot(steps, losses, lines[name], label=f"{name}: {mean(name):.2f}")
     axes.set(xlabel="step", ylabel="training loss, nats a token", ylim=(3.5, 6.5))
     axes.legend(fontsize="small", title="run.py ...", loc="upper left", bbox_to_anchor=(1, 1))
     picture.savefig(HERE / "laptop.png", dpi=110)
