@@ -3,8 +3,17 @@
 `ci` is derandomised and taken where CI is set, `quick` otherwise. `search` is long:
 pytest tests --hypothesis-profile=search
 """
+import atexit
 import os
+import shutil
+import tempfile
 
+# Workers and the processes that tests start share what is compiled.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache = tempfile.mkdtemp(prefix="minitf-tests-")
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")              # tolerances are those of float32
 # Nearly all of the time is compilation: of the same programs, but with less care for their speed.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")

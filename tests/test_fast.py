@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from minitf import attention_constants, init, resolve
 from minitf.network import fast, flash, model, operations
-from minitf.presets import PRESETS
 
 EPS32 = np.finfo(np.float32).eps
 D, V = 32, 50
@@ -73,13 +72,11 @@ def compare(config, ops, roundings):
 
 SUMS = 6 * np.sqrt(4 * D)             # a block is six sums of up to 4 d terms, forward
 
-CASES = [
-    *(dict(preset=preset) for preset in PRESETS),
-    *(dict(attn=attn) for attn in ("uspa", "vskip", "softmax")),
-    dict(identity_skip=True, gamma=(0.8, 0.1)),
-    dict(act="leaky_relu", transform="tat"),
+CASES = [                             # each activation, norm and loop; attention is the formula's
+    dict(),
+    dict(preset="paper"),
+    dict(preset="preln"),
     dict(act="leaky_relu", transform="dks", mlp_init="orthogonal"),
-    dict(act="gelu"),
     dict(act="tanh", transform="dks", mlp_init="orthogonal"),
     dict(norm="rms", alpha=0.8, position="learned"),
     dict(remat=True),
@@ -106,7 +103,6 @@ def test_what_a_cpu_runs_is_what_the_formulas_say(flags):
     (dict(attn="uspa"), "cudnn"),
     (dict(preset="paper", remat=True), "flash"),
     (dict(preset="preln", attn="espa"), "flash"),
-    (dict(preset="preln"), "flash"),
 ], ids=name)
 def test_what_a_gpu_runs_is_what_the_formulas_say(flags, kernel, monkeypatch):
     """In float32, of two blocks of positions, of which the second is not full.
@@ -183,7 +179,8 @@ def test_the_gradient_of_a_norm_is_that_of_its_formula(centred, seed, size, offs
 # --- Cross-entropy ----------------------------------------------------------------------
 
 
-@given(st.integers(1, 9), st.integers(1, 12), st.integers(2, 60), st.floats(0.01, 20), seeds)
+@given(st.sampled_from([1, 9]), st.sampled_from([1, 12]), st.sampled_from([2, 60]),
+       st.floats(0.01, 20), seeds)
 def test_cross_entropy_and_its_gradients(count, width, vocabulary, size, seed):
     """Against float64.
 

@@ -46,9 +46,7 @@ def trained_alone(settings, text):
     return *np.array(history).T, train.evaluate(params, constants, windows, model, how.batch)
 
 
-@pytest.mark.parametrize("flags", [
-    dict(preset="isometric", optimizer="adamw"), dict(preset="identity-skip", optimizer="muon")],
-    ids=lambda flags: "-".join(flags.values()))
+@pytest.mark.parametrize("flags", [dict(preset="identity-skip", optimizer="muon")], ids=str)
 def test_trials_side_by_side_train_as_run_py_does(flags):
     """Rounding: some units of a loss's last place, 2e-7, fed back through the steps.
 

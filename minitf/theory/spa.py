@@ -13,7 +13,7 @@ First the definition, then the same in closed form, then in O(T). A is handled b
 its entries fall below what a float64 can hold.
 """
 import numpy as np
-from scipy import signal
+from scipy.linalg import solve_banded
 
 from ..errors import require
 
@@ -171,11 +171,11 @@ def espa_bias(gamma_in, gamma_out):
 
 
 def espa_matvec(gamma_in, gamma_out, x):
-    """A x, x (T, n) -> (T, n): y_i = phi_out y_(i-1) + lambda (x_i - phi_in x_(i-1)), y_1 = x_1."""
+    """A x, x (T, n) -> (T, n): y_i - phi_out y_(i-1) = lambda (x_i - phi_in x_(i-1)), y_1 = x_1."""
     ratio = np.exp(exponential_entries(gamma_in, gamma_out)[0])
-    numerator = ratio * np.array([1, -np.exp(-gamma_in)])
-    denominator = np.array([1, -np.exp(-gamma_out)])
-    return signal.lfilter(numerator, denominator, x, axis=0, zi=(1 - ratio) * x[:1])[0]
+    right = np.concatenate([x[:1], ratio * (x[1:] - np.exp(-gamma_in) * x[:-1])])
+    bands = np.ones((2, len(x))) * [[1.0], [-np.exp(-gamma_out)]]
+    return solve_banded((1, 0), bands, right)
 
 
 def espa_identity_part(gamma_in, gamma_out):
