@@ -1,4 +1,4 @@
-"""Settings: three frozen dataclasses without a None, and `resolve`, which states every default."""
+"""Settings: frozen dataclasses for model, training and data; `resolve` states every default."""
 from dataclasses import MISSING, dataclass, field, fields
 from math import inf, isfinite, sqrt
 from typing import get_args

@@ -1,7 +1,7 @@
 """Presets: whole networks by name, each with the learning rates that were tuned for it.
 
-A flag given beside a preset changes that one thing. A rule that depends on sizes (gamma by length,
-rates by width and depth) is a function below.
+A flag given beside a preset changes that one thing and the defaults that follow from it: gamma from
+the length, rates from optimizer, width and depth. Those rules are functions below.
 """
 from math import sqrt
 from typing import NamedTuple
@@ -25,8 +25,8 @@ PRESETS = {
         rates=dict(muon=Rates(6e-4, 64.0, 16.0, 0.5, "qk"),
                    adamw=Rates(1.5e-4, 256.0, 16.0, 0.5)),     # with "qk" it diverges, in long runs
         depth_power=0.5),
-    # He et al. (ICLR 2023). Their positions, head, schedule, batch and width are not known to us,
-    # nor is the ratio of rates: 16 for embeddings and head is the best of a few that we tried.
+    # He et al. (ICLR 2023). Their positions, head, schedule, batch, width and decay are not known
+    # to us, nor is the ratio of rates: 16 for embeddings and head is the best of a few that we tried.
     "paper": dict(
         attn="espa", gamma=0.005, row_scale="row-sum",
         alpha=0.0, beta=1.0, norm="none", act="leaky_relu", transform="tat",

@@ -1,4 +1,4 @@
-"""The command line: flags, and what to do with them. Whatever is wrong: one line, exit status 2."""
+"""The command line. Whatever a user or a file gets wrong: one line, exit status 2."""
 import argparse
 import os
 import signal

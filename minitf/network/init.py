@@ -1,6 +1,6 @@
 """Initialisation: the parameters of a network, float32; those of the blocks are stacked, (L, ...).
 
-To add an initialisation of the MLPs, add a function to MLP_INITS.
+To add an initialisation of the MLPs, add a function to MLP_INITS and its name in config.py.
 """
 import jax
 import jax.numpy as jnp

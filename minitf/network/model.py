@@ -1,4 +1,4 @@
-"""The network as formulas: forward pass, loss, initialisation. Nothing here is fast by trickery.
+"""The network as formulas: forward pass and loss. What makes it fast is elsewhere.
 
     X^ = alpha X  + beta MHA(Norm(X))         no skips: alpha = 0, beta = 1
     X' = alpha X^ + beta MLP(Norm(X^))        no norms: Norm = identity

@@ -1,6 +1,7 @@
 """The optimizer, a chain of optax transformations, and its learning rates by group.
 
-To add a group, name its parameters in GROUPS and give its multiple in `group_rates`.
+To add a group, name its parameters in GROUPS, give its multiple in `group_rates`, and add it to
+MATRIX_GROUPS if Muon is to train it.
 """
 import jax
 import jax.numpy as jnp
