@@ -25,8 +25,8 @@ PRESETS = {
         rates=dict(muon=Rates(6e-4, 64.0, 16.0, 0.5, "qk"),
                    adamw=Rates(1.5e-4, 256.0, 16.0, 0.5)),     # with "qk" it diverges, in long runs
         depth_power=0.5),
-    # He et al. (ICLR 2023). Their positions, head, schedule, batch, width and decay are not known
-    # to us, nor is the ratio of rates: 16 for embeddings and head is the best of a few that we tried.
+    # He et al. (ICLR 2023). Not known to us: their positions, head, schedule, batch, width, weight
+    # decay and rates. 16 for embeddings and head is the best of a few multiples that we tried.
     "paper": dict(
         attn="espa", gamma=0.005, row_scale="row-sum",
         alpha=0.0, beta=1.0, norm="none", act="leaky_relu", transform="tat",
