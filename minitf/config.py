@@ -3,7 +3,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from math import inf, isfinite, sqrt
 from typing import get_args
 
-from .errors import look_up, require
+from .errors import look_up, require, require_one_of
 from .presets import PRESETS, gammas_by_length, scaled
 from .theory.activations import NAMES, TRANSFORMS
 from .theory.families import FAMILIES
@@ -36,13 +36,15 @@ def check(each, value):
         return
     if kind(each) is tuple and isinstance(value, (tuple, list)):
         require(len(value), f"{name} must be one number or more, not none")
-        return [check_number(name, limits, float, part) for part in value]
-    if kind(each) in (int, float, tuple):
-        return check_number(name, limits, int if kind(each) is int else float, value)
-    require(isinstance(value, kind(each)),
-            f"{name} must be of type {kind(each).__name__}, not {value!r}")
-    if limits["choices"]:
-        look_up(dict.fromkeys(limits["choices"]), value, name)
+        for part in value:
+            check_number(name, limits, float, part)
+    elif kind(each) in (int, float, tuple):
+        check_number(name, limits, int if kind(each) is int else float, value)
+    else:
+        require(isinstance(value, kind(each)),
+                f"{name} must be of type {kind(each).__name__}, not {value!r}")
+        if limits["choices"]:
+            require_one_of(limits["choices"], value, name)
 
 
 def check_number(name, limits, number, value):
@@ -151,7 +153,7 @@ class TrainingConfig(Checked):
                 f"warmup must be below steps, {self.steps}, not {self.warmup}")
         for name in ("decay_groups", "pull_groups"):
             for group in filter(None, getattr(self, name).split(",")):
-                look_up(dict.fromkeys(("qk", "vo", "mlp")), group, name)
+                require_one_of(("qk", "vo", "mlp"), group, name)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,14 @@ def require(condition, message):
         raise ValueError(message)
 
 
+def require_one_of(names, name, what):
+    """ValueError, with all names, unless the name is one of them."""
+    require(name in names, f"{what} must be one of {', '.join(names)}, not {name!r}")
+
+
 def look_up(table, name, what):
     """table[name]; ValueError with the names that it has, for one that it lacks."""
-    require(name in table, f"{what} must be one of {', '.join(table)}, not {name!r}")
+    require_one_of(table, name, what)
     return table[name]
 
 

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..config import resolve
 from ..network import fast, model
 from ..network.init import init
 from ..theory import kernels as theory
 from ..training import data
 from ..training.encoding import vocabulary as vocabulary_of
+from .use import read_corpus
 
 WINDOWS, INITIALISATIONS = 4, 8     # a report is a mean over both: theory speaks of the mean
 MEAN_SQUARE_FACTOR = 2.0            # of activations, beyond what the width explains: see `verdict`
@@ -28,20 +28,16 @@ THRESHOLDS = (
 
 def inspect(settings, plot_path):
     """Prints the report of a network on validation text; draws it into `plot_path` if given."""
-    corpus = data.load(settings.data, settings.model.length)
-    rate = data.token_collision_rate(corpus.train_counts)
-    again = lambda **flags: resolve(settings.preset, rate, jax.default_backend(),
-                                    **{**settings.flags, **flags})
-    config, vocabulary = again().model, vocabulary_of(corpus.encoding)
+    corpus, settings = read_corpus(settings)
+    config, vocabulary = settings.model, vocabulary_of(corpus.encoding)
     windows = data.spread_windows(corpus.validation, config.length, WINDOWS)[:, :-1]
     seed = settings.training.seed
     out = report(config, windows, vocabulary, seed)
     print(table(out))
     if plot_path:
-        softmax = again(attn="softmax", identity_skip=False).model
+        softmax = settings.replace(attn="softmax", identity_skip=False).model
         plot(out, report(softmax, windows, vocabulary, seed), config, plot_path)
     print(verdict(out, config))
-
 
 
 # --- What is measured -------------------------------------------------------------------

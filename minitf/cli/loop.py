@@ -14,14 +14,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from ..config import Sampling, resolve
+from ..config import Sampling
 from ..errors import require
 from ..network.init import init
 from ..theory.kernels import attention_constants
 from ..training import checkpoint as checkpoints
 from ..training import data, encoding as encodings, optimizer, train as training
 from .progress import Progress, describe
-from .use import show_sample
+from .use import read_corpus, show_sample
 
 # On resuming; the data's tokens must be the same.
 MAY_CHANGE = "steps", "learning_rate", "save_every", "data", "val_data"
@@ -30,14 +30,12 @@ MAY_CHANGE = "steps", "learning_rate", "save_every", "data", "val_data"
 def train(settings, out):
     """A new run, in the folder `out` or the next one under runs/."""
     require_new(out)
-    corpus = data.load(settings.data, settings.model.length)
-    rate = data.token_collision_rate(corpus.train_counts)
-    settings = resolve(settings.preset, rate, jax.default_backend(), **settings.flags)
-    model = settings.model
-    require_memory(settings, encodings.vocabulary(corpus.encoding))
+    corpus, settings = read_corpus(settings)
+    model, vocabulary = settings.model, encodings.vocabulary(corpus.encoding)
+    require_memory(settings, vocabulary)
     constants = attention_constants(model)                        # refuses before there is a folder
-    params = jax.jit(partial(init, config=model, vocabulary=encodings.vocabulary(corpus.encoding)))(
-        jax.random.key(settings.training.seed))
+    params = jax.jit(init, static_argnums=(1, 2))(
+        jax.random.key(settings.training.seed), model, vocabulary)
     opt_state = optimizer.make_optimizer(settings.training.optimizer).init(params)
     out = make_folder(out, f"{settings.preset}-{model.attn}")
     lock = checkpoints.lock(out)                                  # held until the process ends

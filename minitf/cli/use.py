@@ -1,12 +1,22 @@
-"""What one does with a trained model: draw text from it, and measure its loss on a text."""
+"""A run's corpus, and what one does with a trained model: draw text, measure a text's loss."""
 import math
 import sys
 from itertools import chain
 
+import jax
+
+from ..config import resolve
 from ..network import decode
 from ..training import checkpoint, data, train
 from ..training.encoding import byte_lengths, known
 from .progress import stream
+
+
+def read_corpus(settings):
+    """(the Corpus of a new run, its Settings with the collision rate of these tokens)."""
+    corpus = data.load(settings.data, settings.model.length)
+    rate = data.token_collision_rate(corpus.train_counts)
+    return corpus, resolve(settings.preset, rate, jax.default_backend(), **settings.flags)
 
 
 def sample(folder, sampling):

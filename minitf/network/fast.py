@@ -42,9 +42,7 @@ def fuses_attention(config, backend):
 
 def repeat_straight(step, x, layers):
     """One program, block after block. A loop would stack what the backward pass is to have."""
-    depth = len(jax.tree.leaves(layers)[0])
-    step = lambda x, layer, step=step: (step(x, layer), None)
-    return jax.lax.scan(step, x, layers, unroll=depth)[0]
+    return plain.repeat(step, x, layers, unroll=len(jax.tree.leaves(layers)[0]))
 
 
 def repeat_checkpointed(step, x, layers, keep):
@@ -74,12 +72,12 @@ def attend_fused(qkv, constants, config):
     return plain.scale_rows(out, constants)
 
 
-def attend_flash(qkv, constants, config, interpret=False):
+def attend_flash(qkv, constants, config):
     """operations.attend by flash.py: E-SPA, or without constants causal attention."""
     names, heads = ("slope", "first_key_bias", "self_bias"), (config.heads,)
     bias = jnp.stack([constants.get(name, jnp.zeros(heads)) for name in names], -1)    # (H, 3)
     row_scale = constants.get("row_scale", jnp.ones((*heads, qkv.shape[1])))
-    return flash.attend(rotate_stacked(qkv, config), bias, row_scale, interpret)
+    return flash.attend(rotate_stacked(qkv, config), bias, row_scale)
 
 
 def rotate_stacked(qkv, config):

@@ -105,9 +105,9 @@ def standardise(x, centred):
     return y * scale, scale
 
 
-def repeat(step, x, layers):
-    """The blocks one after the other, as a loop."""
-    return jax.lax.scan(lambda x, layer: (step(x, layer), None), x, layers)[0]
+def repeat(step, x, layers, unroll=1):
+    """The blocks one after the other, as a loop that has `unroll` of them in each turn."""
+    return jax.lax.scan(lambda x, layer: (step(x, layer), None), x, layers, unroll=unroll)[0]
 
 
 def cross_entropy(x, head, targets):

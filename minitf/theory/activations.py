@@ -13,7 +13,7 @@ import numpy as np
 import scipy.special
 from scipy.optimize import brentq, root
 
-from ..errors import OutOfReach, look_up, require
+from ..errors import OutOfReach, require, require_one_of
 
 # Each is written once, for NumPy and JAX: x, NumPy or jax.numpy, and its special functions.
 SMOOTH = {
@@ -80,7 +80,7 @@ class Activation:
 
 def plain(name):
     """The Activation as it is, with nothing chosen; ValueError for a name that is not of NAMES."""
-    look_up(dict.fromkeys(NAMES), name, "act")
+    require_one_of(NAMES, name, "act")
     return Activation(name, slope=SLOPES.get(name, 1.0))
 
 
@@ -92,7 +92,7 @@ def solve(name, transform, depth, alpha=0.0, beta=1.0, eta=0.9, zeta=1.5, tau=0.
     C_f''(1), for TAT of a smooth activation, above 0. ValueError for arguments out of range;
     OutOfReach, with the best value attained, for a target that this activation cannot meet.
     """
-    look_up(dict.fromkeys(TRANSFORMS), transform, "transform")
+    require_one_of(TRANSFORMS, transform, "transform")
     phi = plain(name)
     if transform == "none":
         return replace(phi, output_scale=phi.mean_square()**-0.5)
