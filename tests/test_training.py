@@ -231,6 +231,52 @@ def test_a_pull_to_orthogonal_maps_each_singular_value(shape, size, spread, seed
     assert np.max(wrong) <= 4 * 3 * 12 * EPS32 * s.max() * (s.max() / s.mean())**2
 
 
+@given(st.lists(st.sampled_from([(1, 1, 1), (2, 3, 9), (2, 9, 3), (1, 9, 3), (3, 8, 8)]),
+                min_size=1, max_size=4), st.floats(1e-9, 1e6), st.integers(0, 2**31 - 1))
+def test_the_first_step_of_muon_by_singular_values(shapes, size, seed):
+    """-0.2 sqrt(max(in, out)) U p(p(p(p(p(s))))) V^T, p the quintic, from an SVD in float64.
+
+    Of whatever shapes: those alike are one batch. Singular values are within a factor of 10, of
+    which five steps amplify rounding by 3.45^5 at most.
+    """
+    rng, gradient, expected = np.random.default_rng(seed), {}, {}
+    for name, shape in zip(("query", "value", "up", "down"), shapes):
+        u, _, vt = np.linalg.svd(rng.normal(size=shape), full_matrices=False)
+        s = rng.uniform(1, 10, (shape[0], min(shape[1:])))
+        gradient[name] = np.float32(size * (u * s[:, None] @ vt))
+        s = s / np.linalg.norm(s, axis=1, keepdims=True)
+        for _ in range(5):
+            s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+        expected[name] = -0.2 * max(shape[1:])**0.5 * (u * s[:, None] @ vt)
+    chain = optimizer.muon("float32")
+    got, _ = chain.update(gradient, chain.init(gradient))
+    for name, wanted in expected.items():
+        error = np.max(np.abs(got[name] - wanted)) / np.max(np.abs(wanted))
+        assert error <= 3.45**5 * 9 * EPS32, name
+
+
+def test_muon_in_bfloat16_makes_matrices_nearly_orthogonal():
+    """All singular values end in the quintic's range, but for three roundings of its terms."""
+    rng = np.random.default_rng(0)
+    s = np.linalg.svd(np.asarray(optimizer.newton_schulz(
+        jnp.float32(rng.normal(size=(4, 16, 64))), "bfloat16")), compute_uv=False)
+    rounding = 3 * (3.4445 + 4.7750 + 2.0315) * 2.0**-9
+    assert s.min() > 0.68 - rounding and s.max() < 1.21 + rounding
+
+
+@pytest.mark.parametrize("preset", ["isometric", "preln"])
+def test_a_training_step_can_be_lowered_for_a_tpu(preset):
+    settings = resolve(preset, backend="tpu", **SMALL)
+    model, how = settings.model, settings.training
+    assert model.dtype == "bfloat16"
+    params = jax.eval_shape(start, jax.random.key(0), model, 50)
+    state = jax.eval_shape(optimizer.make_optimizer(how.optimizer).init, params)
+    fixed = attention_constants(model), optimizer.group_rates(how, model)
+    batch = np.zeros((2, 9), np.int32)
+    jax.export.export(train.train_step, platforms=["tpu"])(
+        params, state, *fixed, np.float32(0), batch, model, how.optimizer)
+
+
 # --- Trials -----------------------------------------------------------------------------
 
 

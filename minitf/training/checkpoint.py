@@ -30,7 +30,7 @@ from .encoding import pack_encoding, unpack_encoding, vocabulary
 from .optimizer import make_optimizer
 from .train import named_leaves
 
-FORMAT, KEPT = 2, 2                       # of the meta data; how many checkpoints a run keeps
+FORMAT, KEPT = 3, 2                       # of the meta data; how many checkpoints a run keeps
 
 
 class Checkpoint(NamedTuple):

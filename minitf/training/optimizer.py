@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from optax.contrib import MuonDimensionNumbers, muon
 
 from ..theory.families import identity_parts
 
@@ -22,12 +21,13 @@ GROUPS = {
 MATRIX_GROUPS = "qk", "vo", "mlp"
 
 
-def make_optimizer(name):
+def make_optimizer(name, dtype="float32"):
     """Clipping at norm 1, then Muon or AdamW, rates and decay by group, and a pull.
 
+    dtype: of Muon's matrix products; states and everything else are float32.
     update() is also given rates, those of `group_rates`, and learning_rate, that of the step.
     """
-    return optax.chain(optax.clip_by_global_norm(1.0), OPTIMIZERS[name](), decay_by_group(),
+    return optax.chain(optax.clip_by_global_norm(1.0), OPTIMIZERS[name](dtype), decay_by_group(),
                        scale_by_group(), pull_to_orthogonal())
 
 
@@ -61,24 +61,57 @@ def learning_rate(training, step):
 
 # --- The transformations ----------------------------------------------------------------
 
-def muon_for_matrices():
-    """Muon (Jordan et al. 2024) for the blocks' matrices, Adam for the rest, at a rate of 1.
-
-    consistent_rms (Liu et al. 2025, arXiv 2502.16982) gives Muon's updates the size of Adam's, so
-    that one learning rate serves both.
-    """
-    stacked = MuonDimensionNumbers(reduction_axis=1, output_axis=2)       # (L, in, out), by layer
-    dimensions = lambda params: by_name(
-        lambda name, w: stacked if GROUPS.get(name) in MATRIX_GROUPS else None, params)
-    return muon(1.0, adam_b2=0.95, consistent_rms=0.2, muon_weight_dimension_numbers=dimensions)
+def muon(dtype):
+    """Muon (Jordan et al. 2024) for the blocks' matrices, Adam for the rest, at a rate of 1."""
+    groups = lambda params: by_name(
+        lambda name, w: "matrix" if GROUPS.get(name) in MATRIX_GROUPS else "other", params)
+    momentum = optax.trace(0.95, nesterov=True)
+    return optax.partition({
+        "matrix": optax.chain(momentum, orthogonal_updates(dtype), optax.scale(-1.0)),
+        "other": optax.adam(1.0, b2=0.95, nesterov=True)}, groups)
 
 
-def adam():
+def adam(dtype):
     """Adam at a rate of 1."""
     return optax.adam(1.0, b2=0.95)
 
 
-OPTIMIZERS = {"muon": muon_for_matrices, "adamw": adam}
+def orthogonal_updates(dtype):
+    """Matrices (L, in, out) -> orthogonal ones, times 0.2 sqrt(max(in, out)).
+
+    An update then has the size of Adam's (Liu et al. 2025, arXiv 2502.16982), and one learning
+    rate serves both.
+    """
+    def update(updates, params=None):
+        leaves, tree = jax.tree.flatten(updates)
+        wide = [w if w.shape[1] <= w.shape[2] else jnp.swapaxes(w, 1, 2) for w in leaves]
+        done = in_batches(lambda w: newton_schulz(w, dtype), wide)
+        done = [u if u.shape == w.shape else jnp.swapaxes(u, 1, 2) for u, w in zip(done, leaves)]
+        return jax.tree.unflatten(tree, [0.2 * max(u.shape) ** 0.5 * u for u in done])
+    return optax.stateless(update)
+
+
+def in_batches(function, arrays):
+    """[function(x) for x in arrays], (n, ...) each; those of one shape are one batch."""
+    done = {}
+    for shape in dict.fromkeys(x.shape for x in arrays):
+        members = [number for number, x in enumerate(arrays) if x.shape == shape]
+        batch = jnp.concatenate([arrays[number] for number in members])
+        done.update(zip(members, jnp.split(function(batch), len(members))))
+    return [done[number] for number in range(len(arrays))]
+
+
+def newton_schulz(x, dtype):
+    """x (n, r, c), r <= c, float32, with all singular values brought near 1 (Jordan et al.)."""
+    size = jnp.sqrt(jnp.square(x).sum((1, 2), keepdims=True))
+    x, identity = (x / jnp.maximum(size, 1e-15)).astype(dtype), jnp.eye(x.shape[1], dtype=dtype)
+    for _ in range(5):
+        gram = x @ jnp.swapaxes(x, 1, 2)
+        x = (3.4445 * identity - 4.7750 * gram + 2.0315 * (gram @ gram)) @ x
+    return x.astype(jnp.float32)
+
+
+OPTIMIZERS = {"muon": muon, "adamw": adam}
 
 
 def decay_by_group():

@@ -32,7 +32,7 @@ def train_step(params, opt_state, constants, rates, learning_rate, batch, config
       norm before clipping, and that of each parameter, in their tree.
     """
     value, gradient = jax.value_and_grad(loss)(params, constants, batch, config)
-    updates, opt_state = make_optimizer(optimizer).update(
+    updates, opt_state = make_optimizer(optimizer, config.dtype).update(
         gradient, opt_state, params, rates=rates, learning_rate=learning_rate)
     metrics = {"loss": value, "grad_norm": optax.tree.norm(gradient),
                "grad_norms": jax.tree.map(optax.tree.norm, gradient)}
