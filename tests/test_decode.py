@@ -57,12 +57,12 @@ def test_decoding_equals_the_forward_pass(attn, position, data):
     at_once = data.draw(st.integers(1, 5))
     expected = forward(params, constants, tokens, config)
     padded = np.where(np.arange(6) < at_once, tokens, 3).astype(np.int32)
-    cache = decode.empty_cache(config)
-    logits, cache = decode.decode(params, constants, cache, padded, 0, config)
+    cache, layers = decode.empty_cache(config), decode.layers(params, constants, config)
+    logits, cache = decode.decode(params, layers, cache, padded, 0, config)
     got = list(logits[:at_once])
     for place in range(at_once, 6):
         one = tokens[place:place + 1]
-        logits, cache = decode.decode(params, constants, cache, one, place, config)
+        logits, cache = decode.decode(params, layers, cache, one, place, config)
         got.append(logits[0])
     np.testing.assert_allclose(jnp.stack(got), expected, atol=2e-5, rtol=2e-5)
 

@@ -149,13 +149,13 @@ def test_decoding_it_equals_the_forward_pass(position):
                                   for leaf in leaves])
     constants, tokens = attention_constants(config), rng.integers(0, V, T).astype(np.int32)
     expected = forward(params, constants, tokens, config)
-    cache = decode.empty_cache(config)
+    cache, layers = decode.empty_cache(config), decode.layers(params, constants, config)
     padded = np.where(np.arange(T) < 5, tokens, 0).astype(np.int32)
-    logits, cache = decode.decode(params, constants, cache, padded, 0, config)
+    logits, cache = decode.decode(params, layers, cache, padded, 0, config)
     got = list(logits[:5])
     for place in range(5, T):
         one = tokens[place:place + 1]
-        logits, cache = decode.decode(params, constants, cache, one, place, config)
+        logits, cache = decode.decode(params, layers, cache, one, place, config)
         got.append(logits[0])
     size = np.max(np.abs(expected))
     tolerance = 6 * config.depth * np.sqrt(4 * D) * EPS32 * size

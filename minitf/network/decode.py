@@ -19,18 +19,23 @@ def empty_cache(config):
     return {name: jnp.zeros(shape, config.dtype) for name in ("k", "v")}
 
 
+layers = jax.jit(model.layers, static_argnames="config")
+
+
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")
-def decode(params, constants, cache, tokens, start, config):
+def decode(params, layers, cache, tokens, start, config):
     """tokens (S,) -> (logits (S, V), cache): what `forward` gives at their positions, to rounding.
 
-    The cache must hold all positions before `start`. It gains the new ones; what it holds beyond
-    them is not looked at, so tokens may be padded. The old cache is given up.
+    layers: those of `layers(params, constants, config)`, made once for all tokens. The cache must
+    hold all positions before `start`. It gains the new ones; what it holds beyond them is not
+    looked at, so tokens may be padded. The old cache is given up.
     """
+    weights, constants = layers
     x = model.embed(params, tokens, config, start)                                     # (S, d)
     constants = of_positions(constants, start, len(tokens))
-    layers = *model.layers(params, constants, config), jnp.arange(config.depth)
     step = lambda carry, layer: (block(*carry, *layer, start, config), None)
-    (x, cache), _ = jax.lax.scan(step, (x, cache), layers)
+    (x, cache), _ = jax.lax.scan(
+        step, (x, cache), (weights, constants, jnp.arange(config.depth)))
     x = REFERENCE.normalise(x, params.get("norm"), config)
     return model.unembed(params, x).astype(jnp.float32), cache
 
@@ -59,8 +64,9 @@ def block(x, cache, weights, constants, layer, start, config):
 
 
 @partial(jax.jit, static_argnames="top_k")
-def draw(key, step, logits, temperature, top_k=None):
-    """A token from logits (V,), among the top_k likeliest; the likeliest at temperature 0."""
+def draw(key, step, logits, temperature, top_k=None, known=True):
+    """A known token by logits (V,), among the top_k likeliest; the likeliest at temperature 0."""
+    logits = jnp.where(known, logits, -jnp.inf)
     if top_k is not None:
         least = jax.lax.top_k(logits, min(top_k, len(logits)))[0][-1]
         logits = jnp.where(logits >= least, logits, -jnp.inf)
@@ -79,18 +85,18 @@ def sample(params, constants, tokens, count, config, seed=0, temperature=1.0, to
     """
     require(len(tokens), "sampling needs a token to begin with: the prompt must not be empty")
     key, context, cache = jax.random.key(seed), list(tokens), None
+    made = layers(params, constants, config)
     for step in range(count):
         if cache is None or len(context) == config.length:
             full = len(context) >= config.length
             context = context[-(config.length // 2):] if full else context
             padded = np.zeros(config.length, np.int32)
             padded[:len(context)] = context
-            logits, cache = decode(params, constants, empty_cache(config), padded, 0, config)
+            logits, cache = decode(params, made, empty_cache(config), padded, 0, config)
             logits = logits[len(context) - 1]
         else:
             last = np.array(context[-1:], np.int32)
-            logits, cache = decode(params, constants, cache, last, len(context) - 1, config)
+            logits, cache = decode(params, made, cache, last, len(context) - 1, config)
             logits = logits[0]
-        logits = jnp.where(known, logits, -jnp.inf)
-        context.append(int(draw(key, step, logits, temperature, top_k)))
+        context.append(int(draw(key, step, logits, temperature, top_k, known)))
         yield context[-1]
