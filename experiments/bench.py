@@ -24,6 +24,7 @@ from records import HERE                               # noqa: F401: minitf is i
 from minitf import attention_constants, init, resolve
 from minitf.cli.loop import keep_freed_memory
 from minitf.cli.main import MODES, make_parser
+from minitf.network import fast
 from minitf.training import data, optimizer, train
 
 OWN = dict(vocabulary=50304, timed=20, kernels=0)      # flags that run.py has not
@@ -37,7 +38,7 @@ def main():
     given = vars(parser.parse_args())
     vocabulary, timed, kernels = (given.pop(name) for name in OWN)
     flags = {name: value for name, value in given.items() if name not in MODES}
-    settings = resolve(collision_rate=0.01, backend=jax.default_backend(), **flags)
+    settings = resolve(collision_rate=0.01, backend=fast.hardware(), **flags)
     model, how = settings.model, settings.training
 
     keep_freed_memory()

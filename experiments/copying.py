@@ -9,12 +9,12 @@ further back, but for the first token of it: 0.07 nats in the mean. Six blocks o
 sequences a step, the rates that run.py takes by default, but without weight decay. A far head has a
 gamma of 0.005, the other three have 0.4. About a minute each on two cores.
 """
-import jax
 import numpy as np
 from records import HERE, add, command, figure, header, read, row
 from trials import start
 
 import minitf
+from minitf.network import fast
 from minitf.training import optimizer, train
 
 RECORDS, TOKENS, EVERY = HERE / "copying.jsonl", 16, 25
@@ -53,7 +53,7 @@ def run(names):
     """The loss on what repeats, every EVERY steps, on sequences that were not trained on."""
     done = [each["name"] for each in read(RECORDS)]
     for name in (name for name in names or RUNS if name not in done):
-        settings = minitf.resolve(backend=jax.default_backend(), **SHAPE | RUNS[name][0])
+        settings = minitf.resolve(backend=fast.hardware(), **SHAPE | RUNS[name][0])
         model, how, losses = settings.model, settings.training, []
         params, state, *fixed = start(settings, TOKENS)
         test, repeats = sequences(256, model.length + 1, 10**6)

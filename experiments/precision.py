@@ -37,7 +37,7 @@ def errors(gamma_in, gamma_out, size, length):
     bias = np.array(spa.espa_bias(gamma_in, gamma_out), np.float32)
     row_scale = spa.espa_matvec(gamma_in, gamma_out, np.ones((length, 1)))[:, 0].astype(np.float32)
     attend = lambda qkv: flash.attend(qkv[None, :, :, None], bias[None], row_scale[None],
-                                      interpret)[0, :, 0]
+                                      False, interpret)[0, :, 0]
     got = with_gradients(attend, rounded)
     with jax.enable_x64(True):
         exact = lambda qkv: reference(qkv, bias.astype(float), row_scale.astype(float))

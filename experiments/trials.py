@@ -24,6 +24,7 @@ from sweeps import NETWORKS, SHAPE, SWEEPS, VARIED, trials
 
 import minitf
 from minitf.config import DataConfig
+from minitf.network import fast
 from minitf.training import data as corpora
 from minitf.training import encoding, optimizer, train
 
@@ -36,7 +37,7 @@ def run(names, data, together):
     """Trains trials of the sweeps and networks of these names, `together` of them at a time."""
     corpus = corpora.load(DataConfig(data=data, val_data=None, encoding=None), SHAPE["length"])
     where = dict(collision_rate=corpora.token_collision_rate(corpus.train_counts),
-                 backend=jax.default_backend())
+                 backend=fast.hardware())
     size = corpus.validation_counts @ encoding.byte_lengths(corpus.encoding)
     bits = len(corpus.validation) / size / math.log(2)            # per byte, of a nat per token
     networks = [name for name in names if name in NETWORKS] or NETWORKS

@@ -103,7 +103,8 @@ class ModelConfig(Checked):
     head_init: str = flag("additions", "initialisation of the head", "zero", "gaussian")
     token_collision_rate: float = flag("additions", "chance that two tokens are equal (default: "
                                        "that of the training tokens)", low=0, high=1)
-    dtype: str = flag("training", "arithmetic (default: float32 on a CPU, else bfloat16)",
+    dtype: str = flag("training", "arithmetic (default: bfloat16 on a TPU or an "
+                      "NVIDIA GPU of compute capability 8.0 or more, else float32)",
                       "float32", "bfloat16")
     remat: bool = flag("training", "compute activations again in the backward pass, block by "
                        "block: less memory, more time")
@@ -208,7 +209,7 @@ def resolve(preset="isometric", collision_rate=0.0, backend="cpu", **flags):
     Args:
       preset: a name of PRESETS.
       collision_rate: the chance that two of the training tokens are equal.
-      backend: "cpu", "gpu" or "tpu": where it will run.
+      backend: where it will run, as fast.hardware names it.
       flags: any field of the three dataclasses. gamma may be one number.
     Raises ValueError, in one line, for anything that is not allowed.
     """
@@ -252,7 +253,7 @@ def resolve(preset="isometric", collision_rate=0.0, backend="cpu", **flags):
         mlp_init=chosen["mlp_init"],
         head_init=chosen["head_init"],
         token_collision_rate=collision_rate,
-        dtype=take("dtype", "float32" if backend == "cpu" else "bfloat16"),
+        dtype=take("dtype", "bfloat16" if backend in ("gpu", "tpu") else "float32"),
         remat=take("remat", False))
 
     steps, optimizer = take("steps", 400), chosen["optimizer"]

@@ -3,6 +3,7 @@
 What a GPU would run is run here: its attention kernel in the interpreter, cuDNN's by a stand-in.
 """
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -109,9 +110,9 @@ def test_what_a_gpu_runs_is_what_the_formulas_say(flags, kernel, monkeypatch):
     """
     calls, attend, attention = [], flash.attend, jax.nn.dot_product_attention
 
-    def interpreted(qkv, bias, row_scale, interpret=False):
+    def interpreted(qkv, bias, row_scale, rope):
         calls.append("flash")
-        return attend(qkv, bias, row_scale, True)
+        return attend(qkv, bias, row_scale, rope, True)
 
     def without_cudnn(*arrays, is_causal, implementation):
         calls.append(implementation)
@@ -147,6 +148,23 @@ def test_which_operations_a_gpu_is_given(flags, fused, straight):
     assert (ops.attend is fast.attend_fused) == fused
     assert (ops.repeat is fast.repeat_straight) == straight
     assert fast.operations(config, "cpu").attend is operations.attend
+
+
+@pytest.mark.parametrize("platform, capability, expected", [
+    ("cpu", None, "cpu"), ("tpu", None, "tpu"), ("gpu", "9.0", "gpu"), ("gpu", "8.0", "gpu"),
+    ("gpu", "7.5", "other"), ("gpu", "gfx942", "other"), ("gpu", None, "other"),
+    ("xpu", None, "other")])
+def test_only_what_is_known_to_run_fast_kernels_is_given_them(platform, capability, expected):
+    """A T4, ROCm and whatever is new compute the plain way, in float32."""
+    device = SimpleNamespace(platform=platform)
+    if capability:
+        device.compute_capability = capability
+    backend = fast.hardware(device)
+    config = resolve(backend=backend).model
+    ops = fast.operations(config, backend)
+    assert backend == expected
+    assert config.dtype == ("bfloat16" if backend in ("gpu", "tpu") else "float32")
+    assert (ops.attend is fast.attend_fused) == (backend == "gpu")
 
 
 # --- Norms ------------------------------------------------------------------------------

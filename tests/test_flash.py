@@ -23,29 +23,38 @@ NAMES = "slope", "first_key_bias", "self_bias"
 exponential_pairs = st.tuples(                     # (gamma_in, gamma_out), from close to far apart
     st.floats(-5, 1), st.one_of(st.just(np.inf), st.floats(-6, 3))).map(
     lambda logs: (10**logs[0] * (1 + 10**logs[1]), 10**logs[0]))
-# (B, T, H, k): several blocks; padded positions and features
-SHAPES = [(2, 200, 2, 16), (1, 64, 1, 20)]
+# (B, T, H, k) and whether they turn: several blocks; padded positions and features
+SHAPES = [((2, 200, 2, 16), False), ((1, 72, 1, 20), True)]
 
 
-@partial(jax.jit, static_argnums=0)
-def value_and_gradient(attend, qkv, g, bias, row_scale):
-    out, back = jax.vjp(lambda qkv: attend(qkv, bias, row_scale), qkv)
+@pytest.fixture(autouse=True)
+def windows_at_any_length(monkeypatch):
+    monkeypatch.setattr(flash, "ALL_SEEN", 0)
+
+
+@partial(jax.jit, static_argnums=(0, 5))
+def value_and_gradient(attend, qkv, g, bias, row_scale, rope):
+    out, back = jax.vjp(lambda qkv: attend(qkv, bias, row_scale, rope), qkv)
     return out, *jnp.moveaxis(back(g)[0], -3, 0)
 
 
-def kernel(qkv, bias, row_scale):
-    return flash.attend(qkv, bias, row_scale, interpret=True)
+def kernel(qkv, bias, row_scale, rope):
+    return flash.attend(qkv, bias, row_scale, rope, interpret=True)
 
 
-def reference(qkv, bias, row_scale):
+def reference(qkv, bias, row_scale, rope):
+    q, k, v = operations.split_qkv(qkv)
+    if rope:
+        angles = operations.rope_angles(*q.shape[1::2])[:, None]
+        q, k = operations.rotate(q, angles), operations.rotate(k, angles)
     constants = dict(zip(NAMES, bias.T), row_scale=row_scale)
-    return operations.softmax_attention(*operations.split_qkv(qkv), constants, CONFIG)
+    return operations.softmax_attention(q, k, v, constants, CONFIG)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape, rope", SHAPES, ids=str)
 @given(st.one_of(st.lists(exponential_pairs, min_size=2, max_size=2), st.none()),
        st.integers(0, 2**31 - 1), st.floats(0, 10))
-def test_the_kernel_computes_what_the_formula_says(shape, gammas, seed, size):
+def test_the_kernel_computes_what_the_formula_says(shape, rope, gammas, seed, size):
     """Out and gradients, whatever the bias of each head, or without one.
 
     And whatever the size of the logits (up to about size sqrt(k)). Both round logits and bias:
@@ -67,7 +76,7 @@ def test_the_kernel_computes_what_the_formula_says(shape, gammas, seed, size):
     sizes = [2 * np.max(np.abs(v)), dz * np.max(np.abs(k)), dz * rows * np.max(np.abs(q)),
              rows * 2 * np.max(np.abs(g))]
     qkv = np.stack([q, k, v], 2)
-    both = [value_and_gradient(attend, qkv, g, bias, row_scale) for attend in (kernel, reference)]
+    both = [value_and_gradient(attend, qkv, g, bias, row_scale, rope) for attend in (kernel, reference)]
     for got, expected, largest in zip(*both, sizes):
         assert np.all(np.isfinite(got))
         tolerance = 2 * relative * largest + 1e-30   # what is flushed to zero
@@ -126,7 +135,7 @@ def test_the_kernel_can_be_lowered_for_a_gpu():
                                          platform="cuda")
     array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
     qkv = array(3, 2, 200, 3, 2, 64, dtype=jnp.bfloat16)
-    loss = lambda qkv, *constants: jnp.sum(flash.attend(qkv, *constants).astype(jnp.float32))
+    loss = lambda qkv, *constants: jnp.sum(flash.attend(qkv, *constants, True).astype(jnp.float32))
     gradient = jax.vmap(jax.grad(loss), (0, None, None))
     mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):

@@ -3,6 +3,7 @@ import argparse
 import os
 import signal
 import sys
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
@@ -10,11 +11,12 @@ import jax
 
 from ..config import FIELDS, GROUPS, Sampling, kind, resolve
 from ..errors import OutOfReach, Parser
+from ..network.fast import hardware
 from ..presets import PRESETS, untuned
 from ..theory.kernels import network_activation
 from . import inspection, loop, use
 
-MODES = "out", "resume", "sample", "eval", "inspect", "plot"
+MODES = "out", "resume", "sample", "eval", "inspect", "plot", "compilation_cache"
 SAMPLING = [each.name for each in fields(Sampling)]
 
 
@@ -24,6 +26,8 @@ def main(arguments=None):
     flags = vars(parser.parse_args(arguments))                    # those given, no others
     modes = {name: flags.pop(name) for name in MODES}
     try:
+        if modes["compilation_cache"]:
+            keep_compiled_programs()
         if modes["resume"]:
             loop.resume(modes["resume"], flags)
         elif modes["sample"]:
@@ -35,7 +39,7 @@ def main(arguments=None):
         else:
             names = ["preset", *(each.name for each in FIELDS)]
             loop.refuse_others(flags, names, "can only be given with --sample")
-            settings = reachable(resolve(**flags, backend=jax.default_backend()))
+            settings = reachable(resolve(**flags, backend=hardware()))
             note = untuned(settings.preset, settings.flags)
             if note:
                 print(note)
@@ -56,6 +60,16 @@ def main(arguments=None):
         parser.error("out of memory: a smaller --batch, --length or --width may help")
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+
+
+def keep_compiled_programs():
+    """Where compiling takes long, on an accelerator: by JAX's own cache, in the user's folder."""
+    if hardware() == "cpu" or jax.config.jax_compilation_cache_dir:
+        return
+    with suppress(OSError, RuntimeError):                         # a user may have no home
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minitf"
+        folder.mkdir(parents=True, exist_ok=True)
+        jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def reachable(settings):
@@ -85,6 +99,8 @@ def make_parser():
                        f"beside the prediction; {inspection.THRESHOLDS}")
     parser.add_argument("--plot", type=Path, metavar="FILE.png",
                         help="draw what --inspect shows, beside softmax; needs matplotlib")
+    parser.add_argument("--compilation-cache", action=argparse.BooleanOptionalAction, default=True,
+                        help="keep what is compiled for an accelerator in ~/.cache/minitf")
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
     groups["method"].add_argument("--preset", default=argparse.SUPPRESS, metavar="|".join(PRESETS),
                                   help="a whole network with its rates (default: isometric)")

@@ -5,6 +5,7 @@ import time
 
 import jax
 
+from ..network.fast import hardware
 from ..theory.families import identity_parts
 from ..theory.kernels import network_activation
 
@@ -26,9 +27,14 @@ def describe(settings, params, corpus, out):
         "training": f"{how.steps} steps of {how.batch} x {model.length} tokens, {how.optimizer}, "
                     f"learning rate {how.learning_rate:.3g} (embed x {how.lr_mult_embed:g}, "
                     f"qk x {how.lr_mult_qk:g}, vo x {how.lr_mult_vo:g}), {model.dtype} on "
-                    f"{jax.devices()[0].device_kind}",
+                    f"{describe_device()}",
     }
     print("\n".join(f"{name:12}{line}" for name, line in lines.items()))
+
+
+def describe_device():
+    plainly = ", without fast kernels" if hardware() == "other" else ""
+    return jax.devices()[0].device_kind + plainly
 
 
 def describe_skips(model):

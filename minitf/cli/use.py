@@ -3,10 +3,8 @@ import math
 import sys
 from itertools import chain
 
-import jax
-
 from ..config import resolve
-from ..network import decode
+from ..network import decode, fast
 from ..training import checkpoint, data, train
 from ..training.encoding import byte_lengths, known
 from .progress import stream
@@ -16,7 +14,7 @@ def read_corpus(settings):
     """(the Corpus of a new run, its Settings with the collision rate of these tokens)."""
     corpus = data.load(settings.data, settings.model.length)
     rate = data.token_collision_rate(corpus.train_counts)
-    return corpus, resolve(settings.preset, rate, jax.default_backend(), **settings.flags)
+    return corpus, resolve(settings.preset, rate, fast.hardware(), **settings.flags)
 
 
 def sample(folder, sampling):

@@ -17,9 +17,23 @@ STRAIGHT_BLOCKS = 48        # at most so many blocks are a straight program on a
 OUR_PLAIN_LENGTH = 512      # up to so many tokens our kernel beats cuDNN's at plain attention
 
 
+def hardware(device=None):
+    """"cpu", "tpu", or "gpu" for an NVIDIA GPU of compute capability 8.0 or more; else "other".
+
+    What is not known to have bfloat16, and what our kernels need, computes the plain way.
+    """
+    device = device or jax.devices()[0]
+    if device.platform in ("cpu", "tpu"):
+        return device.platform
+    try:                                               # "7.5"; "gfx942" of other makers
+        return "gpu" if float(getattr(device, "compute_capability", "")) >= 8 else "other"
+    except ValueError:
+        return "other"
+
+
 def operations(config, backend=None):
     """The fastest Operations for a ModelConfig on a backend, by default the one in use."""
-    fused = fuses_attention(config, backend or jax.default_backend())
+    fused = fuses_attention(config, backend or hardware())
     straight = fused and config.depth <= STRAIGHT_BLOCKS and not config.remat
     keep = () if config.remat else ("attended",)
     return plain.Operations(
@@ -31,7 +45,7 @@ def operations(config, backend=None):
 
 
 def fuses_attention(config, backend):
-    """Whether attention is left to kernels that make no T x T logits: bfloat16 on a GPU."""
+    """Whether attention is left to kernels that make no T x T logits: in bfloat16 on a "gpu"."""
     features, ours = config.width // config.heads, flash.triton and config.attn == "espa"
     # cuDNN's limits, with a bias.
     able = features % 8 == 0 and features <= 128 and (ours or config.length % 2 == 0)
@@ -77,15 +91,7 @@ def attend_flash(qkv, constants, config):
     names, heads = ("slope", "first_key_bias", "self_bias"), (config.heads,)
     bias = jnp.stack([constants.get(name, jnp.zeros(heads)) for name in names], -1)    # (H, 3)
     row_scale = constants.get("row_scale", jnp.ones((*heads, qkv.shape[1])))
-    return flash.attend(rotate_stacked(qkv, config), bias, row_scale)
-
-
-def rotate_stacked(qkv, config):
-    """apply_rope of queries and keys (B, T, 3, H, k) in one pass: values turn by no angle."""
-    if config.position != "rope":
-        return qkv
-    of_each = np.array([1.0, 1.0, 0.0])[:, None, None]                                 # q, k, v
-    return plain.rotate(qkv, plain.rope_angles(config)[:, None, None] * of_each)
+    return flash.attend(qkv, bias, row_scale, config.position == "rope")
 
 
 # --- Activations and norms --------------------------------------------------------------

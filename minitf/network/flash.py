@@ -6,8 +6,9 @@ and memory is O(T). The decay also says which keys are too far away to be seen i
 their logits: those are not visited (`attention_window`). Without a decay it is plain attention.
 
 Queries, keys and values come as the one array that a matrix product made, and their gradients go
-back as one. operations.softmax_attention is the reference. Blocks and the recomputation of the
-backward pass follow FlashAttention-2 (Dao 2023, arXiv 2307.08691). Logarithms are to base 2.
+back as one, turned back by the kernel that made them. operations.attend is the reference. Blocks
+and the recomputation of the backward pass follow FlashAttention-2 (Dao 2023, arXiv 2307.08691).
+Logarithms are to base 2.
 """
 from functools import partial
 
@@ -21,24 +22,28 @@ try:
 except ImportError:                    # deprecated in jax 0.11: fast.py does without
     triton = None
 
+from . import operations
+
 BLOCK = 64                             # keys in a block, and queries in the backward pass
 ROWS = 128                             # queries in a block of the forward pass
 LOG2E = float(np.log2(np.e))
 UNSEEN = 24.0                          # a weight of 2**-24 is half of float32's last place
+ALL_SEEN = 256                         # up to so many tokens all keys are visited
 QUERY, KEY, VALUE = range(3)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def attend(qkv, bias, row_scale, interpret=False):
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def attend(qkv, bias, row_scale, rope=False, interpret=False):
     """D softmax(mask(Q K^T / sqrt(d_k) + B)) V: (B, T, 3, H, k) -> (B, T, H, k).
 
     Args:
       qkv: differentiable in this alone.
       bias: (H, 3), slope, first_key_bias and self_bias of each head, which make B.
       row_scale: D > 0, (H, T).
+      rope: whether queries and keys are turned by their positions.
       interpret: runs it anywhere, slowly: for tests.
     """
-    return forward(qkv, bias, row_scale, interpret)[0]
+    return forward(qkv, bias, row_scale, rope, interpret)[0]
 
 
 def attention_window(qkv, bias):
@@ -104,12 +109,14 @@ def forward_kernel(bias_ref, window_ref, row_scale_ref, qkv_ref, out_ref, lse_re
     lse_ref[...] = top + jnp.log2(total) - bias_ref[0] * jnp.arange(size).astype(jnp.float32)
 
 
-def backward_kernel(bias_ref, window_ref, lse_ref, inner_ref, qkv_ref, g_ref, d_ref, *, scale):
+def backward_kernel(bias_ref, window_ref, lse_ref, inner_ref, qkv_ref, g_ref, *refs, scale, half):
     """The gradients of one block of positions.
 
     As keys and values, over the blocks of queries that can see it; as queries, over the blocks of
-    keys that they can see. inner: the product of g and out over D, for each query.
+    keys that they can see. inner: the product of g and out over D, for each query. refs: cosines
+    and sines of the rotary encoding of `half` pairs of features, where there is one; the result.
     """
+    *turn_refs, d_ref = refs
     block, count, number = BLOCK, qkv_ref.shape[0] // BLOCK, pl.program_id(0)
 
     def queries(other):
@@ -149,7 +156,18 @@ def backward_kernel(bias_ref, window_ref, lse_ref, inner_ref, qkv_ref, g_ref, d_
     dq = jax.lax.fori_loop(farthest, number, to_queries, dq)
     natural = scale / LOG2E
     for which, gradient in ((QUERY, dq * natural), (KEY, dk * natural), (VALUE, dv)):
-        d_ref[:, which, :] = gradient.astype(d_ref.dtype)
+        gradient = gradient.astype(d_ref.dtype)
+        if turn_refs and which != VALUE:
+            gradient = turn_back(gradient, *turn_refs, half)
+        d_ref[:, which, :] = gradient
+
+
+def turn_back(x, cos_ref, sin_ref, half):
+    """The transpose of operations.rotate, for a block of positions: x (n, k)."""
+    feature = jnp.arange(x.shape[1])
+    exchange = (feature[:, None] + half) % (2 * half) == feature        # a pair's two features
+    turned = x * cos_ref[...] + dot(x, exchange.astype(x.dtype)) * sin_ref[...]
+    return turned.astype(x.dtype)
 
 
 # --- Calling them -----------------------------------------------------------------------
@@ -169,6 +187,7 @@ def call(kernel, shape, block, inputs, outputs, interpret, stages):
             "bias": pl.BlockSpec((None, 3), lambda i, b, h: (h, 0)),
             "window": pl.BlockSpec((None, 1), lambda i, b, h: (b, h)),
             "row_scale": pl.BlockSpec((None, size), lambda i, b, h: (h, at(i))),
+            "turn": pl.BlockSpec((size, features), lambda i, b, h: (at(i), 0)),
             "row": pl.BlockSpec((None, None, size), lambda i, b, h: (b, h, at(i))),
             "out": pl.BlockSpec((None, size, None, features), lambda i, b, h: (b, at(i), h, 0)),
             "qkv": pl.BlockSpec((None, size, 3, None, features),
@@ -191,11 +210,16 @@ def padded(x, shape, value=0):
     return jnp.pad(x, [(0, size - old) for size, old in zip(shape, x.shape)], constant_values=value)
 
 
-def forward(qkv, bias, row_scale, interpret):
+def forward(qkv, bias, row_scale, rope, interpret):
     """(out, what the backward pass needs). Arrays are padded to whole blocks, and kept so."""
     batch, length, _, heads, features = qkv.shape
     size = -(-length // ROWS) * ROWS
-    constants = bias * LOG2E, attention_window(qkv, bias)
+    if rope:                               # in one pass: values turn by no angle
+        angles = operations.rope_angles(length, features)[:, None, None]
+        qkv = operations.rotate(qkv, angles * np.array([1.0, 1.0, 0.0])[:, None, None])
+    window = attention_window(qkv, bias) if length > ALL_SEEN else \
+        jnp.full((batch, heads), length)
+    constants = bias * LOG2E, window
     row_scale = padded(row_scale, (heads, size), 1)
     qkv = padded(qkv, (batch, size, 3, heads, max(16, pl.next_power_of_2(features))))
     kernel = call(partial(forward_kernel, scale=LOG2E / features**0.5), qkv.shape, ROWS,
@@ -206,16 +230,24 @@ def forward(qkv, bias, row_scale, interpret):
     return out, (constants, row_scale, qkv, out, lse)
 
 
-def gradients(interpret, saved, g):
+def gradients(rope, interpret, saved, g):
     """The gradient of qkv; bias and row_scale are constants."""
     constants, row_scale, qkv, out, lse = saved
     batch, length, heads, features = g.shape
-    # out has D in it: inner / D has not.
-    inner = jnp.einsum("bthk,bthk->bht", g, out, preferred_element_type=jnp.float32)
-    kernel = call(partial(backward_kernel, scale=LOG2E / features**0.5), qkv.shape, BLOCK,
-                  "bias window row row qkv out", [("qkv", qkv.dtype)], interpret, 2)
-    g = padded(g, (*qkv.shape[:2], heads, qkv.shape[-1]))
-    d, = kernel(*constants, lse, padded(inner, lse.shape) / row_scale, qkv, g)
+    size, padded_features = qkv.shape[1], qkv.shape[-1]
+    # out has D in it: inner has not.
+    out = out.astype(jnp.float32) / row_scale[:, :length].T[..., None]
+    inner = jnp.swapaxes(jnp.sum(g.astype(jnp.float32) * out, -1), 1, 2)
+    turns = ()
+    if rope:
+        angles = operations.rope_angles(length, features)
+        turns = [padded(jnp.asarray(np.concatenate(pair, 1), qkv.dtype), (size, padded_features))
+                 for pair in ((np.cos(angles),) * 2, (np.sin(angles), -np.sin(angles)))]
+    kernel = call(
+        partial(backward_kernel, scale=LOG2E / features**0.5, half=features // 2), qkv.shape, BLOCK,
+        "bias window row row qkv out" + " *turn" * len(turns), [("qkv", qkv.dtype)], interpret, 2)
+    d, = kernel(*constants, lse, padded(inner, lse.shape), qkv,
+                padded(g, (batch, size, heads, padded_features)), *turns)
     return d[:, :length, ..., :features], None, None
 
 

@@ -57,13 +57,15 @@ def scale_rows(attended, constants):
 
 def apply_rope(x, config, start=0):
     """Rotary positions (Su et al. 2021, arXiv 2104.09864) of queries or keys x (..., S, H, k)."""
-    return rotate(x, rope_angles(config)[:, None], start) if config.position == "rope" else x
+    if config.position != "rope":
+        return x
+    return rotate(x, rope_angles(config.length, x.shape[-1])[:, None], start)
 
 
-def rope_angles(config):
+def rope_angles(length, features):
     """The angle of each position and pair of features, (T, k / 2)."""
-    half = config.width // config.heads // 2
-    return np.arange(config.length)[:, None] * 10000.0 ** (-np.arange(half) / half)
+    half = features // 2
+    return np.arange(length)[:, None] * 10000.0 ** (-np.arange(half) / half)
 
 
 def rotate(x, angles, start=0):
