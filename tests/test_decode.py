@@ -69,7 +69,7 @@ def test_decoding_equals_the_forward_pass(attn, position, data):
 
 @pytest.mark.parametrize("attn", ["espa", "identity_skip"])
 def test_sample_is_that_of_forward_passes_also_beyond_the_training_length(attn):
-    """Two programs are compiled: for the prompt, and for all tokens after it."""
+    """Three programs are compiled: for the prompt, half a context, and one token."""
     params, constants, config = make(seed=1, **ATTENTION[attn])
     compiled = decode.decode._cache_size()
     context, expected = [1, 2], []
@@ -84,7 +84,7 @@ def test_sample_is_that_of_forward_passes_also_beyond_the_training_length(attn):
     assert len(set(expected)) > 1
     drawn = decode.sample(params, constants, [1, 2], 15, config, temperature=0.0)
     assert list(drawn) == expected
-    assert decode.decode._cache_size() == compiled + 2
+    assert decode.decode._cache_size() == compiled + 3
 
 
 def test_draw():

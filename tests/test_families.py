@@ -28,7 +28,7 @@ make_parameters = jax.jit(init, static_argnums=(1, 2))
 def attention_stack(weights, constants, x, config):
     """Attention alone, layer after layer: x (T, d) -> (L, T, d)."""
     step = lambda x, layer: (model.attention_sublayer(x, *layer, config, operations.REFERENCE),) * 2
-    return jax.lax.scan(step, x, (weights, constants))[1]
+    return jax.lax.scan(step, x, model.layers({"blocks": weights}, constants, config))[1]
 
 
 def logarithmic_kernel(gamma, length):

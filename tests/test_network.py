@@ -42,7 +42,7 @@ states = jax.jit(inspection.states, static_argnums=3)
 def attention_stack(weights, constants, x, config, part=model.attention_sublayer):
     """Attention alone, layer after layer: x (T, d) -> (L, T, d)."""
     step = lambda x, layer: (part(x, *layer, config, REFERENCE),) * 2
-    return jax.lax.scan(step, x, (weights, constants))[1]
+    return jax.lax.scan(step, x, model.layers({"blocks": weights}, constants, config))[1]
 
 
 block_stack = partial(attention_stack, part=model.block)
@@ -351,7 +351,7 @@ def compiled_readings(keys, tokens, constants, config, vocabulary):
         params = make_parameters(key, config, vocabulary)
         x = inspection.states(params, constants, tokens, config)     # (L + 1, T, d)
         attention = lambda x, *layer: model.attention_sublayer(x, *layer, config, REFERENCE)
-        y = jax.vmap(attention)(x[:-1], params["blocks"], constants)
+        y = jax.vmap(attention)(x[:-1], *model.layers(params, constants, config))
         x = jnp.concatenate([x[:1], jnp.stack([y, x[1:]], 1).reshape(-1, *x.shape[1:])])
         return jnp.einsum("lid,ljd->lij", x, x) / config.width
 

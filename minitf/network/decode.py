@@ -90,8 +90,8 @@ def sample(params, constants, tokens, count, config, seed=0, temperature=1.0, to
         if cache is None or len(context) == config.length:
             full = len(context) >= config.length
             context = context[-(config.length // 2):] if full else context
-            padded = np.zeros(config.length, np.int32)
-            padded[:len(context)] = context
+            padded = np.zeros(min(2 ** (len(context) - 1).bit_length(), config.length), np.int32)
+            padded[:len(context)] = context           # few lengths, so few programs
             logits, cache = decode(params, made, empty_cache(config), padded, 0, config)
             logits = logits[len(context) - 1]
         else:

@@ -45,8 +45,13 @@ def final_hidden(params, constants, tokens, config, ops):
 
 
 def layers(params, constants, config):
-    """Weights, in config.dtype, and constants of all blocks, each (L, ...)."""
-    return jax.tree.map(lambda w: w.astype(config.dtype), params["blocks"]), constants
+    """Weights, in config.dtype, and constants of all blocks, each (L, ...).
+
+    W^Q, W^K and W^V stand side by side, "qkv", (L, d, 3 d): they are one product.
+    """
+    weights = jax.tree.map(lambda w: w.astype(config.dtype), params["blocks"])
+    weights["qkv"] = jnp.concatenate([weights.pop(name) for name in ("query", "key", "value")], -1)
+    return weights, constants
 
 
 def embed(params, tokens, config, start=0):
@@ -88,8 +93,7 @@ def mlp_sublayer(x, weights, config, ops):
 
 def project_qkv(x, weights, config):
     """x (N, d) -> queries, keys and values of all heads, (N, 3, H, k)."""
-    together = jnp.concatenate([weights[name] for name in ("query", "key", "value")], -1)
-    return (x @ together).reshape(len(x), 3, config.heads, -1)
+    return (x @ weights["qkv"]).reshape(len(x), 3, config.heads, -1)
 
 
 def output_projection(values, attended, weights, config):
