@@ -236,8 +236,7 @@ def test_a_pull_to_orthogonal_maps_each_singular_value(shape, size, spread, seed
 def test_the_first_step_of_muon_by_singular_values(shapes, size, seed):
     """-0.2 sqrt(max(in, out)) U p(p(p(p(p(s))))) V^T, p the quintic, from an SVD in float64.
 
-    Of whatever shapes: those alike are one batch. Singular values are within a factor of 10, of
-    which five steps amplify rounding by 3.45^5 at most.
+    Singular values are within a factor of 10. Five steps amplify rounding by 3.45^5 at most.
     """
     rng, gradient, expected = np.random.default_rng(seed), {}, {}
     for name, shape in zip(("query", "value", "up", "down"), shapes):

@@ -82,32 +82,21 @@ def orthogonal_updates(dtype):
     An update then has the size of Adam's (Liu et al. 2025, arXiv 2502.16982), and one learning
     rate serves both.
     """
-    def update(updates, params=None):
-        leaves, tree = jax.tree.flatten(updates)
-        wide = [w if w.shape[1] <= w.shape[2] else jnp.swapaxes(w, 1, 2) for w in leaves]
-        done = in_batches(lambda w: newton_schulz(w, dtype), wide)
-        done = [u if u.shape == w.shape else jnp.swapaxes(u, 1, 2) for u, w in zip(done, leaves)]
-        return jax.tree.unflatten(tree, [0.2 * max(u.shape) ** 0.5 * u for u in done])
-    return optax.stateless(update)
-
-
-def in_batches(function, arrays):
-    """[function(x) for x in arrays], (n, ...) each; those of one shape are one batch."""
-    done = {}
-    for shape in dict.fromkeys(x.shape for x in arrays):
-        members = [number for number, x in enumerate(arrays) if x.shape == shape]
-        batch = jnp.concatenate([arrays[number] for number in members])
-        done.update(zip(members, jnp.split(function(batch), len(members))))
-    return [done[number] for number in range(len(arrays))]
+    return optax.stateless_with_tree_map(
+        lambda w, _: 0.2 * max(w.shape[1:]) ** 0.5 * newton_schulz(w, dtype))
 
 
 def newton_schulz(x, dtype):
-    """x (n, r, c), r <= c, float32, with all singular values brought near 1 (Jordan et al.)."""
+    """x (L, in, out), float32, with all singular values brought near 1 (Jordan et al. 2024)."""
+    tall = x.shape[1] > x.shape[2]
     size = jnp.sqrt(jnp.square(x).sum((1, 2), keepdims=True))
-    x, identity = (x / jnp.maximum(size, 1e-15)).astype(dtype), jnp.eye(x.shape[1], dtype=dtype)
+    x = (x / jnp.maximum(size, 1e-15)).astype(dtype)
+    identity = jnp.eye(min(x.shape[1:]), dtype=dtype)
     for _ in range(5):
-        gram = x @ jnp.swapaxes(x, 1, 2)
-        x = (3.4445 * identity - 4.7750 * gram + 2.0315 * (gram @ gram)) @ x
+        transposed = jnp.swapaxes(x, 1, 2)
+        gram = transposed @ x if tall else x @ transposed                # the smaller of the two
+        polynomial = 3.4445 * identity - 4.7750 * gram + 2.0315 * (gram @ gram)
+        x = x @ polynomial if tall else polynomial @ x
     return x.astype(jnp.float32)
 
 
