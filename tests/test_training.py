@@ -231,27 +231,24 @@ def test_a_pull_to_orthogonal_maps_each_singular_value(shape, size, spread, seed
     assert np.max(wrong) <= 4 * 3 * 12 * EPS32 * s.max() * (s.max() / s.mean())**2
 
 
-@given(st.lists(st.sampled_from([(1, 1, 1), (2, 3, 9), (2, 9, 3), (1, 9, 3), (3, 8, 8)]),
-                min_size=1, max_size=4), st.floats(1e-9, 1e6), st.integers(0, 2**31 - 1))
-def test_the_first_step_of_muon_by_singular_values(shapes, size, seed):
+@given(st.sampled_from([(1, 1, 1), (2, 3, 9), (2, 9, 3), (3, 8, 8)]), st.floats(1e-9, 1e6),
+       st.integers(0, 2**31 - 1))
+def test_the_first_step_of_muon_by_singular_values(shape, size, seed):
     """-0.2 sqrt(max(in, out)) U p(p(p(p(p(s))))) V^T, p the quintic, from an SVD in float64.
 
     Singular values are within a factor of 10. Five steps amplify rounding by 3.45^5 at most.
     """
-    rng, gradient, expected = np.random.default_rng(seed), {}, {}
-    for name, shape in zip(("query", "value", "up", "down"), shapes):
-        u, _, vt = np.linalg.svd(rng.normal(size=shape), full_matrices=False)
-        s = rng.uniform(1, 10, (shape[0], min(shape[1:])))
-        gradient[name] = np.float32(size * (u * s[:, None] @ vt))
-        s = s / np.linalg.norm(s, axis=1, keepdims=True)
-        for _ in range(5):
-            s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
-        expected[name] = -0.2 * max(shape[1:])**0.5 * (u * s[:, None] @ vt)
+    rng = np.random.default_rng(seed)
+    u, _, vt = np.linalg.svd(rng.normal(size=shape), full_matrices=False)
+    s = rng.uniform(1, 10, (shape[0], min(shape[1:])))
+    gradient = {"up": np.float32(size * (u * s[:, None] @ vt))}
+    s = s / np.linalg.norm(s, axis=1, keepdims=True)
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    expected = -0.2 * max(shape[1:])**0.5 * (u * s[:, None] @ vt)
     chain = optimizer.muon("float32")
-    got, _ = chain.update(gradient, chain.init(gradient))
-    for name, wanted in expected.items():
-        error = np.max(np.abs(got[name] - wanted)) / np.max(np.abs(wanted))
-        assert error <= 3.45**5 * 9 * EPS32, name
+    got = chain.update(gradient, chain.init(gradient))[0]["up"]
+    assert np.max(np.abs(got - expected)) <= 3.45**5 * 9 * EPS32 * np.max(np.abs(expected))
 
 
 def test_muon_in_bfloat16_makes_matrices_nearly_orthogonal():
