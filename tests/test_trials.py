@@ -43,7 +43,7 @@ def trained_alone(settings, text):
             how.optimizer)
         history.append((float(metrics["loss"]), float(metrics["grad_norm"])))
     windows = data.spread_windows(text.validation, model.length, trials.WINDOWS)
-    return *np.array(history).T, train.evaluate(params, constants, windows, model, how.batch)
+    return *np.array(history).T, train.evaluate(params, constants, windows, model, how.batch)[0]
 
 
 @pytest.mark.parametrize("flags", [dict(preset="identity-skip", optimizer="muon")], ids=str)

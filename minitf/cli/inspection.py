@@ -1,6 +1,7 @@
-"""The kernel report: does signal survive the depth of a network at initialisation?
+"""The kernel report: does signal survive the depth of a network?
 
-Kernels and gradients as measured on real text, beside their prediction.
+Kernels and gradients as measured on real text: at initialisation beside their prediction, after
+training beside the start.
 """
 from functools import partial
 
@@ -11,7 +12,7 @@ import numpy as np
 from ..network import fast, model
 from ..network.init import init
 from ..theory import kernels as theory
-from ..training import data
+from ..training import checkpoint, data
 from ..training.encoding import vocabulary as vocabulary_of
 from .use import read_corpus
 
@@ -33,11 +34,29 @@ def inspect(settings, plot_path):
     windows = data.spread_windows(corpus.validation, config.length, WINDOWS)[:, :-1]
     seed = settings.training.seed
     out = report(config, windows, vocabulary, seed)
-    print(table(out))
+    print(table(out, "predicted"))
     if plot_path:
         softmax = settings.replace(attn="softmax", identity_skip=False).model
-        plot(out, report(softmax, windows, vocabulary, seed), config, plot_path)
+        others = {} if config.attn == "softmax" else \
+            {"softmax, measured": report(softmax, windows, vocabulary, seed)}
+        plot({f"{config.attn}, measured": out, **others}, plot_path)
     print(verdict(out, config))
+
+
+def inspect_run(folder, plot_path):
+    """Prints the report of a run's newest checkpoint, beside its start, and its weights' sizes."""
+    saved = checkpoint.newest(folder)[0]
+    settings, config = saved.settings, saved.settings.model
+    corpus = data.load(settings.data, config.length, saved.encoding)
+    windows = data.spread_windows(corpus.validation, config.length, WINDOWS)[:, :-1]
+    key, constants = jax.random.key(settings.training.seed), theory.attention_constants(config)
+    start = jax.jit(init, static_argnums=(1, 2))(key, config, vocabulary_of(saved.encoding))
+    before, after = (measured([params], [key], constants, windows, config)
+                     for params in (start, saved.params))
+    print(table(after | {f"start {name}": value for name, value in before.items()}, "start"))
+    print(gains(start["blocks"], saved.params["blocks"]))
+    if plot_path:
+        plot({f"after {saved.step} steps": after, "at the start": before}, plot_path)
 
 
 # --- What is measured -------------------------------------------------------------------
@@ -111,21 +130,26 @@ def effective_rank(kernels):
     return np.exp(-np.sum(share * np.log(np.maximum(share, 1e-300)), -1))
 
 
-def report(config, tokens, vocabulary, seed=0):
-    """tokens (n, T) -> {name: array over depth 0 to L}, means over windows and initialisations.
+def measured(parameters, keys, constants, tokens, config):
+    """{name: array over depth 0 to L} of COLUMNS, means over networks and windows, tokens (n, T).
 
-    What COLUMNS names, with "predicted ..." where theory makes one; and "kernels" and "predicted
-    kernels" of the first window, (L + 1, T, T).
+    And "kernels", those of the first window, (L + 1, T, T).
     """
-    constants, start = theory.attention_constants(config), jax.jit(init, static_argnums=(1, 2))
-    keys = jax.random.split(jax.random.key(seed), INITIALISATIONS)
-    measured = [measure(start(key, config, vocabulary), constants, tokens,
-                        jax.random.fold_in(key, 1), config) for key in keys]
-    kernels, of_gradients = (np.concatenate(each) for each in zip(*measured))
-    out = describe(kernels) | {
+    each = [measure(params, constants, tokens, jax.random.fold_in(key, 1), config)
+            for params, key in zip(parameters, keys)]
+    kernels, of_gradients = (np.concatenate(part) for part in zip(*each))
+    return describe(kernels) | {
         "gradient norm": np.sqrt(config.width * config.length * mean_square(of_gradients)).mean(0),
         "gradient cosine": mean_cosine(of_gradients).mean(0),
         "kernels": kernels[::len(tokens)].mean(0)}
+
+
+def report(config, tokens, vocabulary, seed=0):
+    """What is measured at initialisation, and "predicted ..." where theory makes a prediction."""
+    constants, start = theory.attention_constants(config), jax.jit(init, static_argnums=(1, 2))
+    keys = jax.random.split(jax.random.key(seed), INITIALISATIONS)
+    parameters = (start(key, config, vocabulary) for key in keys)
+    out = measured(parameters, keys, constants, tokens, config)
     n = theory.position_scale(config) if constants else None
     expected = [predicted(window, n, config) for window in tokens]
     if expected[0] is None:
@@ -186,27 +210,38 @@ def verdict(out, config):
 COLUMNS = ("mean square", "mean cosine", "effective rank", "gradient norm", "gradient cosine")
 
 
-def table(out):
-    """The report's text: a line a depth, each measured value beside its prediction, if any."""
+def table(out, beside):
+    """The report's text: a line a depth, each value with what it stands beside, if anything."""
     def cell(name, layer):
-        prediction = out.get("predicted " + name)
-        said = "" if prediction is None else f" ({prediction[layer]:.4g})"
-        return f"{out[name][layer]:.4g}{said}".rjust(18)
+        other = out.get(f"{beside} {name}")
+        said = "" if other is None else f" ({other[layer]:.4g})"
+        return f"{out[name][layer]:.4g}{said}".rjust(20)
 
-    lines = ["block" + "".join(name.rjust(18) for name in COLUMNS)
-             + "     (predicted)" * ("predicted kernels" in out)]
+    lines = ["block" + "".join(name.rjust(20) for name in COLUMNS)
+             + f"     ({beside})" * (f"{beside} kernels" in out)]
     for layer in range(len(out["mean square"])):
         lines.append(f"{layer:5}" + "".join(cell(name, layer) for name in COLUMNS))
     return "\n".join(lines)
 
 
+def gains(start, after):
+    """The size of each block's weights over that at the start; queries start at 0: over keys'."""
+    size = lambda w: np.sqrt(np.square(np.asarray(w)).mean(tuple(range(1, w.ndim))))
+    names = [name for name, w in after.items() if w.ndim == 3]
+    ratio = [size(after[name]) / size(start["key" if name == "query" else name]) for name in names]
+    lines = ["", "size of the weights over that at the start (queries over keys)",
+             "block" + "".join(name.rjust(10) for name in names)]
+    for block, row in enumerate(np.transpose(ratio), 1):
+        lines.append(f"{block:5}" + "".join(f"{value:10.3g}" for value in row))
+    return "\n".join(lines)
+
+
 # --- The picture ------------------------------------------------------------------------
 
-def plot(out, other, config, path):
-    """Kernels of the first window at four depths, predicted above measured; curves over depth.
+def plot(reports, path):
+    """Kernels of the first window at four depths, predicted ones first; curves over depth.
 
-    out: the report of `config`; other: that of the same network with softmax attention. ValueError
-    without matplotlib.
+    reports: {label: what is measured}. ValueError without matplotlib.
     """
     try:
         import matplotlib
@@ -214,25 +249,25 @@ def plot(out, other, config, path):
         from matplotlib import pyplot
     except ImportError:
         raise ValueError("a plot needs matplotlib: pip install -e '.[plot]'") from None
-    rows = {f"{config.attn}, predicted": out.get("predicted kernels"),
-            f"{config.attn}, measured": out["kernels"],
-            "softmax, measured": other["kernels"] if config.attn != "softmax" else None}
-    rows = {name: kernels for name, kernels in rows.items() if kernels is not None}
+    rows = {}
+    for label, out in reports.items():
+        if "predicted kernels" in out:
+            rows[label.replace("measured", "predicted")] = out["predicted kernels"]
+        rows[label] = out["kernels"]
     figure, axes = pyplot.subplots(len(rows) + 1, 4, figsize=(12, 3 * len(rows) + 3),
                                    layout="constrained")
-    for (name, kernels), line in zip(rows.items(), axes):
-        for axis, depth in zip(line, np.linspace(0, config.depth, 4).round().astype(int)):
+    for (label, kernels), line in zip(rows.items(), axes):
+        for axis, depth in zip(line, np.linspace(0, len(kernels) - 1, 4).round().astype(int)):
             cosines = theory.correlation(kernels[depth].astype(float))
             image = axis.imshow(cosines, cmap="gray_r", vmin=0, vmax=1)
-            axis.set(title=f"{name}, block {depth}", xlabel="position", ylabel="position")
+            axis.set(title=f"{label}, block {depth}", xlabel="position", ylabel="position")
     figure.colorbar(image, ax=axes[:-1], label="cosine of two positions' activations", shrink=0.6)
     for axis, name in zip(axes[-1], COLUMNS):
-        axis.plot(out[name], "k-", label=f"{config.attn}, measured")
-        if "predicted " + name in out:
-            axis.plot(out["predicted " + name], "o", color="0.5", mfc="none", ms=4,
-                      label=f"{config.attn}, predicted")
-        if config.attn != "softmax":
-            axis.plot(other[name], "k:", label="softmax, measured")
+        for (label, out), style in zip(reports.items(), ("k-", "k:")):
+            axis.plot(out[name], style, label=label)
+            if "predicted " + name in out:
+                axis.plot(out["predicted " + name], "o", color="0.5", mfc="none", ms=4,
+                          label=label.replace("measured", "predicted"))
         axis.set(xlabel="block", ylabel=name, yscale="linear" if "cosine" in name else "log")
     axes[-1][1].legend(fontsize="small")
     try:

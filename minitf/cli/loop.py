@@ -22,6 +22,7 @@ from ..training import checkpoint as checkpoints
 from ..training import data, encoding as encodings, optimizer, train as training
 from .progress import Progress, describe
 from .use import read_corpus, show_sample
+from .watch import Watch
 
 # On resuming; the data's tokens must be the same.
 MAY_CHANGE = "steps", "learning_rate", "save_every", "data", "val_data"
@@ -90,7 +91,8 @@ def run_steps(state, corpus, constants, out):
     describe(settings, params, corpus, out)
     with open(out / "metrics.jsonl", "a") as metrics, Progress(how, model.length) as progress, \
             stop_signals() as stop:
-        record = partial(record_step, metrics, progress, how)
+        watch = begin_watch(settings, params, constants, corpus, start, metrics)
+        record = partial(record_step, metrics, progress, watch, how)
         saved = start or save(out, metrics, state)
         pending = last = None                                     # the device is one step ahead
         for step in range(start, how.steps):
@@ -107,8 +109,11 @@ def run_steps(state, corpus, constants, out):
                 last, pending = record(*pending, last, saved, out), None
             if evaluating:
                 count = (64 if done == how.steps else 4) * how.batch
-                said = evaluate(settings, params, constants, corpus, count, done, metrics)
+                said, warning = evaluate(settings, params, constants, corpus, count, done, metrics,
+                                         watch)
                 progress.note(f"step {done}: {said}")
+                if warning:
+                    progress.note(warning)
             if saving:
                 state = checkpoints.Checkpoint(done, settings, encoding, digest, params, opt_state)
                 saved = save(out, metrics, state)
@@ -125,7 +130,21 @@ def run_steps(state, corpus, constants, out):
     show_sample(checkpoints.Model(model, params, constants, encoding), prompt, Sampling())
 
 
-def record_step(metrics, progress, how, step, values, last, saved, out):
+def begin_watch(settings, params, constants, corpus, start, metrics):
+    """The Watch of a run that begins, or of one that is taken up again, from its metrics."""
+    watch = Watch(settings.training.warmup)
+    if not start:
+        windows = data.spread_windows(corpus.validation, settings.model.length,
+                                      settings.training.batch)
+        _, squares = training.evaluate(params, constants, windows, settings.model, len(windows))
+        metrics.write(json.dumps({"step": 0, "mean_square": squares}) + "\n")
+        metrics.flush()
+    for line in Path(metrics.name).read_text().splitlines():
+        watch.recall(json.loads(line))
+    return watch
+
+
+def record_step(metrics, progress, watch, how, step, values, last, saved, out):
     """Waits for a step, adds its line to the metrics; exits if it is not finite.
 
     last: what was returned for the step before. Returns (step, values).
@@ -136,6 +155,9 @@ def record_step(metrics, progress, how, step, values, last, saved, out):
     if math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]):
         metrics.write(json.dumps(line) + "\n")
         progress.show(line)
+        warning = watch.gradient(line, values["grad_norms"])
+        if warning:
+            progress.note(warning)
         return step, values
     suspect = last if last and not math.isfinite(line["loss"]) else (step, values)
     name, norm = training.largest_gradient(suspect[1]["grad_norms"])
@@ -146,17 +168,22 @@ def record_step(metrics, progress, how, step, values, last, saved, out):
         f"--learning-rate {how.learning_rate / 4:.2g}"))
 
 
-def evaluate(settings, params, constants, corpus, count, step, metrics):
-    """The loss on `count` windows of validation text, into the metrics and as a sentence."""
+def evaluate(settings, params, constants, corpus, count, step, metrics, watch):
+    """The loss on `count` windows of validation text, as a sentence, and a warning or None.
+
+    Loss and mean squares behind the blocks go into the metrics.
+    """
     windows = data.spread_windows(corpus.validation, settings.model.length, count)
-    value = training.evaluate(params, constants, windows, settings.model, settings.training.batch)
+    value, squares = training.evaluate(params, constants, windows, settings.model,
+                                       settings.training.batch)
     size = corpus.validation_counts @ encodings.byte_lengths(corpus.encoding)
     bits = len(corpus.validation) / size / math.log(2)            # per byte, of a nat per token
     unigram = data.unigram_loss(corpus.train_counts, corpus.validation_counts)
-    metrics.write(json.dumps({"step": step, "val_loss": value, "val_bits_per_byte": value * bits})
-                  + "\n")
-    return (f"validation loss {value:.3f} nats a token, {value * bits:.3f} bits a byte "
+    metrics.write(json.dumps({"step": step, "val_loss": value, "val_bits_per_byte": value * bits,
+                              "mean_square": squares}) + "\n")
+    said = (f"validation loss {value:.3f} nats a token, {value * bits:.3f} bits a byte "
             f"(unigram {unigram:.3f}, {unigram * bits:.3f})")
+    return said, watch.activations(step, squares)
 
 
 def save(out, metrics, state):

@@ -36,6 +36,9 @@ def main(arguments=None):
         elif modes["eval"]:
             loop.refuse_others(flags, ["data"], "cannot be given with --eval")
             use.evaluate(modes["eval"], flags.get("data"))
+        elif isinstance(modes["inspect"], Path):
+            loop.refuse_others(flags, [], "cannot be given with --inspect DIR")
+            inspection.inspect_run(modes["inspect"], modes["plot"])
         else:
             names = ["preset", *(each.name for each in FIELDS)]
             loop.refuse_others(flags, names, "can only be given with --sample")
@@ -94,9 +97,10 @@ def make_parser():
             "eval": "loss of a run's newest checkpoint on --data (default: its validation text)",
     }.items():
         where.add_argument("--" + name, type=Path, metavar="DIR", help=text)
-    where.add_argument("--inspect", action="store_true", help="train nothing: kernels and "
-                       "gradients of the initialised network on real text, block by block, "
-                       f"beside the prediction; {inspection.THRESHOLDS}")
+    where.add_argument("--inspect", nargs="?", type=Path, const=True, metavar="DIR",
+                       help="train nothing: kernels and gradients on real text, block by block, of "
+                       "a run's newest checkpoint beside its start, or, without DIR, of the "
+                       f"initialised network beside the prediction; {inspection.THRESHOLDS}")
     parser.add_argument("--plot", type=Path, metavar="FILE.png",
                         help="draw what --inspect shows, beside softmax; needs matplotlib")
     parser.add_argument("--compilation-cache", action=argparse.BooleanOptionalAction, default=True,

@@ -98,7 +98,8 @@ class Progress:
             return
         rate = "" if self.seconds is None else f"  {self.tokens / self.seconds:,.0f} tokens/s" \
             f"  {clock(self.seconds * (self.steps - step))} left"
-        self.write(f"step {step}/{self.steps}  loss {line['loss']:.3f}{rate}")
+        self.write(f"step {step}/{self.steps}  loss {line['loss']:.3f}  "
+                   f"gradient norm {line['grad_norm']:.3g}{rate}")
 
     def note(self, text):
         """A line that stays."""

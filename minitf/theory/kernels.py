@@ -37,8 +37,8 @@ def kernel_recursion(kernel_maps, kernel, correlation_map, alpha=0.0, beta=1.0, 
 
 
 def correlation(kernel):
-    """The cosines between the tokens of a kernel, (T, T)."""
-    root = np.sqrt(np.diag(kernel))
+    """The cosines between the tokens of a kernel, (T, T); 0 beside a token that is 0."""
+    root = np.maximum(np.sqrt(np.diag(kernel)), 1e-100)
     return np.clip(kernel / np.outer(root, root), -1.0, 1.0)
 
 

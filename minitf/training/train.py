@@ -2,6 +2,7 @@
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -29,28 +30,54 @@ def train_step(params, opt_state, constants, rates, learning_rate, batch, config
       batch: (B, T + 1) of tokens.
       config, optimizer: a ModelConfig and an optimizer's name; static, as nothing else is.
     Returns metrics {"loss", "grad_norm", "grad_norms"}: the loss before the update, the gradient's
-      norm before clipping, and that of each parameter, in their tree.
+      norm before clipping, and that of each parameter, in their tree; (L,), those of the blocks.
     """
     value, gradient = jax.value_and_grad(loss)(params, constants, batch, config)
     updates, opt_state = make_optimizer(optimizer, config.dtype).update(
         gradient, opt_state, params, rates=rates, learning_rate=learning_rate)
     metrics = {"loss": value, "grad_norm": optax.tree.norm(gradient),
-               "grad_norms": jax.tree.map(optax.tree.norm, gradient)}
+               "grad_norms": gradient_norms(gradient)}
     return optax.apply_updates(params, updates), opt_state, metrics
 
 
-evaluate_batch, evaluate_tokens = (jax.jit(f, static_argnames="config")
-                                   for f in (loss, token_losses))
+def gradient_norms(gradient):
+    """Each parameter's norm, in their tree; of those of the blocks each block's own, (L,)."""
+    by_block = jax.vmap(optax.tree.norm)
+    return {name: jax.tree.map(by_block, part) if name == "blocks" else optax.tree.norm(part)
+            for name, part in gradient.items()}
+
+
+evaluate_tokens = jax.jit(token_losses, static_argnames="config")
+
+
+@partial(jax.jit, static_argnames="config")
+def evaluate_batch(params, constants, batch, config):
+    """(mean loss, mean squares of what each block gives, (L,)): batch (B, T + 1) of tokens."""
+    squares = []
+
+    def repeat(step, x, layers):
+        def seen(x, layer):
+            x = step(x, layer)
+            return x, jnp.square(x.astype(jnp.float32)).mean()
+
+        x, found = jax.lax.scan(seen, x, layers)
+        squares.append(found)
+        return x
+
+    ops = fast.operations(config)._replace(repeat=repeat)
+    losses = model.token_losses(params, constants, batch, config, ops)
+    return losses.mean(), squares[0]
 
 
 def evaluate(params, constants, windows, config, size):
-    """Mean loss in nats per token over windows (n, T + 1), `size` at a time.
+    """(loss in nats per token, mean squares behind the blocks, (L,)) of windows (n, T + 1).
 
-    A remainder smaller than `size` is left out.
+    Means; `size` at a time, and a remainder smaller than that is left out.
     """
     size = min(size, len(windows))
     whole = windows[:len(windows) // size * size].reshape(-1, size, windows.shape[1])
-    return float(np.mean([evaluate_batch(params, constants, batch, config) for batch in whole]))
+    losses, squares = zip(*(evaluate_batch(params, constants, batch, config) for batch in whole))
+    return float(np.mean(losses)), np.mean(squares, 0).tolist()
 
 
 def total_loss(params, constants, windows, counted, config, size):
@@ -70,6 +97,7 @@ def named_leaves(tree):
 
 
 def largest_gradient(norms):
-    """(name, norm) of the parameter with the largest gradient; NaN counts as the largest."""
-    return max(((name, float(norm)) for name, norm in named_leaves(norms)),
-               key=lambda pair: pair[1] if np.isfinite(pair[1]) else np.inf)
+    """(name, norm) of the parameter, in a block, with the largest gradient; NaN is the largest."""
+    named = [(f"{name} in block {block}" if np.ndim(leaf) else name, float(norm))
+             for name, leaf in named_leaves(norms) for block, norm in enumerate(np.ravel(leaf), 1)]
+    return max(named, key=lambda pair: pair[1] if np.isfinite(pair[1]) else np.inf)
