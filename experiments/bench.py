@@ -1,12 +1,12 @@
 """Times real training steps (gradients, clipping, optimizer, feeding); prints one line of JSON.
 
-    python experiments/bench.py [--vocabulary 50304] [--timed 20] [--kernels 30] [flags of run.py]
+    python experiments/bench.py [--vocabulary 50304] [--timed 20] [--kernels 30] [--draw 200] [flags]
 
 Tokens are random: only the speed means anything. A model's floating-point operations a token are
 counted as 6 for each weight of a matrix product (2 forward, 4 backward) and 6 depth length width
 for causal attention. What is reached is compared with the rate of one large matrix product in the
 same arithmetic, measured in the same run. --kernels N adds the N kinds of kernel that take most of
-a step, in ms, from a profile of five more steps.
+a step, in ms, from a profile of five more steps; --draw N the ms that each of N tokens takes.
 """
 import json
 import re
@@ -24,10 +24,10 @@ from records import HERE                               # noqa: F401: minitf is i
 from minitf import attention_constants, init, resolve
 from minitf.cli.loop import keep_freed_memory
 from minitf.cli.main import MODES, make_parser
-from minitf.network import fast
+from minitf.network import decode, fast
 from minitf.training import data, optimizer, train
 
-OWN = dict(vocabulary=50304, timed=20, kernels=0)      # flags that run.py has not
+OWN = dict(vocabulary=50304, timed=20, kernels=0, draw=0)      # flags that run.py has not
 
 
 def main():
@@ -36,7 +36,7 @@ def main():
     for name, default in OWN.items():
         parser.add_argument("--" + name, type=int, default=default)
     given = vars(parser.parse_args())
-    vocabulary, timed, kernels = (given.pop(name) for name in OWN)
+    vocabulary, timed, kernels, draw = (given.pop(name) for name in OWN)
     flags = {name: value for name, value in given.items() if name not in MODES}
     settings = resolve(collision_rate=0.01, backend=fast.hardware(), **flags)
     model, how = settings.model, settings.training
@@ -79,6 +79,11 @@ def main():
         "peak_gib": round(memory / 2**30, 2)}
     if kernels:
         result["kernels"] = profile(lambda: steps(4 + timed, 5), 5, kernels)
+    if draw:
+        for _ in range(2):                             # the first time compiles
+            begin = time.perf_counter()
+            list(decode.sample(params, fixed[0], [0], draw, model, temperature=0.8))
+        result["ms_per_token_drawn"] = round(1e3 * (time.perf_counter() - begin) / draw, 2)
     print(json.dumps(result))
 
 

@@ -290,7 +290,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(launch, tmp_
                                       "--out", folder))
     assert status == 1 and errors.count("\n") == 1, errors
     assert "--learning-rate" in errors, errors
-    assert re.search(r"gradient at step \d+ is that of (embed|head|blocks/\w+ in block \d), ", errors), errors
+    named = r"gradient at step \d+ is that of (embed|head|blocks/\w+ in block \d), "
+    assert re.search(named, errors), errors
     name, norm = train.largest_gradient({"head": 3.0, "blocks": {"up": np.nan, "down": 1e9}})
     assert name == "blocks/up" and np.isnan(norm)
     state = checkpoint.newest(folder)[0]

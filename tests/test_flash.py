@@ -76,7 +76,8 @@ def test_the_kernel_computes_what_the_formula_says(shape, rope, gammas, seed, si
     sizes = [2 * np.max(np.abs(v)), dz * np.max(np.abs(k)), dz * rows * np.max(np.abs(q)),
              rows * 2 * np.max(np.abs(g))]
     qkv = np.stack([q, k, v], 2)
-    both = [value_and_gradient(attend, qkv, g, bias, row_scale, rope) for attend in (kernel, reference)]
+    both = [value_and_gradient(attend, qkv, g, bias, row_scale, rope)
+            for attend in (kernel, reference)]
     for got, expected, largest in zip(*both, sizes):
         assert np.all(np.isfinite(got))
         tolerance = 2 * relative * largest + 1e-30   # what is flushed to zero

@@ -273,6 +273,19 @@ def test_a_training_step_can_be_lowered_for_a_tpu(preset):
         params, state, *fixed, np.float32(0), batch, model, how.optimizer)
 
 
+def test_an_evaluation_says_how_bad_a_ruined_network_is():
+    """Where training counts a logit 70 above the target's as 70, an evaluation has no limit."""
+    config = resolve(**SMALL).model
+    params, constants = start(jax.random.key(0), config, 50), attention_constants(config)
+    params = params | {"head": params["head"].at[:, 7].set(1e4 * params["embed"][7])}
+    batch = np.full((2, 9), 7, np.int32)
+    batch[:, 1::2] = 3
+    value, _ = train.evaluate_batch(params, constants, batch, config)
+    assert value > 1000 and train.loss(params, constants, batch, config) < 80
+    tokens = train.evaluate_tokens(params, constants, batch, config)
+    assert np.isclose(tokens.mean(), value, rtol=1e-5)
+
+
 # --- Trials -----------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ def line(step, norm):
 
 @pytest.mark.parametrize("warmup, last", [(0, 10), (40, 80)])
 def test_the_early_level_is_the_median_after_warm_up(warmup, last):
-    """Neither a spike early on nor one below a hundred times the level is told of; what is, once."""
+    """Neither an early spike nor one below a hundred times the level is told of; what is, once."""
     seen, norms = watch.Watch(warmup), {"head": 1.0, "blocks": {"up": np.array([1.0, 9.0, 2.0])}}
     for step in range(last):
         early = 1e6 if step < warmup or step == last - 1 else 2.0

@@ -110,11 +110,11 @@ def forward_kernel(bias_ref, window_ref, row_scale_ref, qkv_ref, out_ref, lse_re
 
 
 def backward_kernel(bias_ref, window_ref, lse_ref, inner_ref, qkv_ref, g_ref, *refs, scale, half):
-    """The gradients of one block of positions.
+    """The gradients of one block of positions: as keys and values over the blocks of queries that
+    can see it, as queries over the blocks of keys that they can see.
 
-    As keys and values, over the blocks of queries that can see it; as queries, over the blocks of
-    keys that they can see. inner: the product of g and out over D, for each query. refs: cosines
-    and sines of the rotary encoding of `half` pairs of features, where there is one; the result.
+    inner: the product of g and out over D, for each query. refs: cosines and sines of the rotary
+    encoding of `half` pairs of features, where there is one; the result.
     """
     *turn_refs, d_ref = refs
     block, count, number = BLOCK, qkv_ref.shape[0] // BLOCK, pl.program_id(0)
@@ -154,8 +154,7 @@ def backward_kernel(bias_ref, window_ref, lse_ref, inner_ref, qkv_ref, g_ref, *r
     dk, dv = jax.lax.fori_loop(number + 1, last, to_keys, (dk, dv))
     farthest = jnp.maximum(number * block - window_ref[0], 0) // block
     dq = jax.lax.fori_loop(farthest, number, to_queries, dq)
-    natural = scale / LOG2E
-    for which, gradient in ((QUERY, dq * natural), (KEY, dk * natural), (VALUE, dv)):
+    for which, gradient in ((QUERY, dq * scale / LOG2E), (KEY, dk * scale / LOG2E), (VALUE, dv)):
         gradient = gradient.astype(d_ref.dtype)
         if turn_refs and which != VALUE:
             gradient = turn_back(gradient, *turn_refs, half)

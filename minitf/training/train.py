@@ -7,17 +7,13 @@ import numpy as np
 import optax
 
 from ..network import fast, model
+from ..network.operations import REFERENCE
 from .optimizer import make_optimizer
 
 
 def loss(params, constants, batch, config):
     """Mean cross-entropy in nats per token; batch (B, T + 1) of tokens."""
-    return token_losses(params, constants, batch, config).mean()
-
-
-def token_losses(params, constants, batch, config):
-    """Cross-entropy in nats of each target: batch (B, T + 1) -> (B, T)."""
-    return model.token_losses(params, constants, batch, config, fast.operations(config))
+    return model.token_losses(params, constants, batch, config, fast.operations(config)).mean()
 
 
 @partial(jax.jit, static_argnames=("config", "optimizer"), donate_argnums=(0, 1))
@@ -47,7 +43,15 @@ def gradient_norms(gradient):
             for name, part in gradient.items()}
 
 
-evaluate_tokens = jax.jit(token_losses, static_argnames="config")
+def evaluation(config, **others):
+    """The Operations of an evaluation: the fast ones, but of a loss that has no upper limit."""
+    return fast.operations(config)._replace(cross_entropy=REFERENCE.cross_entropy, **others)
+
+
+@partial(jax.jit, static_argnames="config")
+def evaluate_tokens(params, constants, batch, config):
+    """Cross-entropy in nats of each target: batch (B, T + 1) -> (B, T)."""
+    return model.token_losses(params, constants, batch, config, evaluation(config))
 
 
 @partial(jax.jit, static_argnames="config")
@@ -64,8 +68,7 @@ def evaluate_batch(params, constants, batch, config):
         squares.append(found)
         return x
 
-    ops = fast.operations(config)._replace(repeat=repeat)
-    losses = model.token_losses(params, constants, batch, config, ops)
+    losses = model.token_losses(params, constants, batch, config, evaluation(config, repeat=repeat))
     return losses.mean(), squares[0]
 
 
