@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from minitf import resolve
-from minitf.cli import loop
+from minitf.cli import loop, main as commands
 from minitf.cli.main import main
 from minitf.config import FIELDS, DataConfig, Sampling
 from minitf.network.init import init
@@ -287,3 +287,21 @@ def test_checkpoints_larger_inside_than_outside(saved, tmp_path):
     (tmp_path / "c.npz").write_bytes(larger)
     with pytest.raises(ValueError):
         checkpoint.load_checkpoint(tmp_path / "c.npz")
+
+
+@pytest.mark.parametrize("hardware, home, kept", [
+    ("gpu", "made", True), ("tpu", "made", True), ("cpu", "made", False), ("gpu", "a file", False)])
+def test_compiled_programs_are_kept_in_the_users_folder(hardware, home, kept, tmp_path,
+                                                       monkeypatch):
+    """For accelerators; where there can be no such folder, none is used and nothing is said."""
+    (tmp_path / "a file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / home))
+    monkeypatch.setattr(commands, "hardware", lambda: hardware)
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        commands.keep_compiled_programs()
+        expected = str(tmp_path / home / "minitf") if kept else None
+        assert jax.config.jax_compilation_cache_dir == expected
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
