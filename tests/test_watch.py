@@ -20,7 +20,7 @@ def line(step, norm):
 @pytest.mark.parametrize("warmup, last", [(0, 10), (40, 80)])
 def test_the_early_level_is_the_median_after_warm_up(warmup, last):
     """Neither an early spike nor one below a hundred times the level is told of; what is, once."""
-    seen, norms = watch.Watch(warmup), {"head": 1.0, "blocks": {"up": np.array([1.0, 9.0, 2.0])}}
+    seen, norms = watch.Watch(warmup, "DIR"), {"head": 1.0, "blocks": {"up": np.array([1.0, 9.0, 2.0])}}
     for step in range(last):
         early = 1e6 if step < warmup or step == last - 1 else 2.0
         assert seen.gradient(line(step, early), norms) is None
@@ -29,10 +29,12 @@ def test_the_early_level_is_the_median_after_warm_up(warmup, last):
     assert "step 81" in said if warmup else "step 11" in said
     assert "blocks/up in block 2" in said and "--learning-rate" in said
     assert seen.gradient(line(last + 2, 1e9), norms) is None
+    lost = watch.Watch(warmup, "DIR")                       # a run that goes on without its metrics
+    assert lost.gradient(line(last + 1, 1e9), norms) is None
 
 
 def test_activations_are_held_against_those_at_the_start():
-    seen = watch.Watch(0)
+    seen = watch.Watch(0, "DIR")
     seen.recall({"step": 0, "mean_square": [1.0, 10.0, 1.0]})
     assert seen.activations(5, [1.0, 9000.0, 1.0]) is None
     assert "behind block 3" in seen.activations(6, [1.0, 9000.0, 1e-4])

@@ -215,9 +215,9 @@ def table(out, beside):
     def cell(name, layer):
         other = out.get(f"{beside} {name}")
         said = "" if other is None else f" ({other[layer]:.4g})"
-        return f"{out[name][layer]:.4g}{said}".rjust(20)
+        return f"{out[name][layer]:.4g}{said}".rjust(24)
 
-    lines = ["block" + "".join(name.rjust(20) for name in COLUMNS)
+    lines = ["block" + "".join(name.rjust(24) for name in COLUMNS)
              + f"     ({beside})" * (f"{beside} kernels" in out)]
     for layer in range(len(out["mean square"])):
         lines.append(f"{layer:5}" + "".join(cell(name, layer) for name in COLUMNS))

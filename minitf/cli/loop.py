@@ -91,9 +91,9 @@ def run_steps(state, corpus, constants, out):
     describe(settings, params, corpus, out)
     with open(out / "metrics.jsonl", "a") as metrics, Progress(how, model.length) as progress, \
             stop_signals() as stop:
-        watch = begin_watch(settings, params, constants, corpus, start, metrics)
-        record = partial(record_step, metrics, progress, watch, how)
         saved = start or save(out, metrics, state)
+        watch = begin_watch(settings, params, constants, corpus, start, out, metrics)
+        record = partial(record_step, metrics, progress, watch, how)
         pending = last = None                                     # the device is one step ahead
         for step in range(start, how.steps):
             batch = data.batch(corpus.train, model.length, how.batch, how.seed, step)
@@ -130,9 +130,9 @@ def run_steps(state, corpus, constants, out):
     show_sample(checkpoints.Model(model, params, constants, encoding), prompt, Sampling())
 
 
-def begin_watch(settings, params, constants, corpus, start, metrics):
+def begin_watch(settings, params, constants, corpus, start, out, metrics):
     """The Watch of a run that begins, or of one that is taken up again, from its metrics."""
-    watch = Watch(settings.training.warmup)
+    watch = Watch(settings.training.warmup, out)
     if not start:
         windows = data.spread_windows(corpus.validation, settings.model.length,
                                       settings.training.batch)

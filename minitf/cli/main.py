@@ -102,7 +102,8 @@ def make_parser():
                        "a run's newest checkpoint beside its start, or, without DIR, of the "
                        f"initialised network beside the prediction; {inspection.THRESHOLDS}")
     parser.add_argument("--plot", type=Path, metavar="FILE.png",
-                        help="draw what --inspect shows, beside softmax; needs matplotlib")
+                        help="draw what --inspect shows, without DIR beside softmax; needs "
+                        "matplotlib")
     parser.add_argument("--compilation-cache", action=argparse.BooleanOptionalAction, default=True,
                         help="keep what is compiled for an accelerator in ~/.cache/minitf")
     groups = {name: parser.add_argument_group(name) for name in GROUPS}

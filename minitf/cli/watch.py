@@ -1,11 +1,11 @@
-"""Notices when a run leaves its early course, and says so once: where, and what helps."""
+"""Notices when a run leaves its early course, and says so, once a process: where, what helps."""
 import numpy as np
 
 from ..training.train import largest_gradient
 
 GRADIENT, SQUARE = 100.0, 1000.0              # times its early level
-HELPS = ("what helps: a smaller --learning-rate, or weight decay of all matrices "
-         "(--weight-decay 0.1 --decay-groups qk,vo,mlp); --inspect DIR shows each block")
+HELPS = ("what helps: a smaller --learning-rate; in a new run more --weight-decay, and of all "
+         "matrices (--decay-groups qk,vo,mlp). Each block: python run.py --inspect {}")
 
 
 class Watch:
@@ -15,29 +15,29 @@ class Watch:
     least 10. That of the activations' mean square is the one at the start, for each block.
     """
 
-    def __init__(self, warmup):
-        self.first, self.last = warmup, warmup + max(warmup, 10)
+    def __init__(self, warmup, folder):
+        self.first, self.last, self.helps = warmup, warmup + max(warmup, 10), HELPS.format(folder)
         self.early, self.squares, self.said = [], None, set()
 
     def recall(self, line):
         """A line of the metrics of a run that is taken up again."""
         if self.first <= line["step"] < self.last and "grad_norm" in line:
             self.early.append(line["grad_norm"])
-        if self.squares is None:
-            self.squares = line.get("mean_square")
+        if line["step"] == 0 and "mean_square" in line:
+            self.squares = line["mean_square"]
 
     def gradient(self, line, norms):
         """What to say after a step, from its line of metrics and its gradients' norms; or None."""
         self.recall(line)
-        if line["step"] < self.last or "gradient" in self.said:
-            return None
+        if line["step"] < self.last or not self.early or "gradient" in self.said:
+            return None                       # a run's metrics may have been lost
         times = line["grad_norm"] / max(np.median(self.early), 1e-30)
-        if times < GRADIENT:
+        if not times >= GRADIENT:
             return None
         self.said.add("gradient")
         return (f"warning: the gradient norm is {line['grad_norm']:.3g} at step {line['step']}, "
                 f"{times:.3g} times its early level; the largest gradient is that of "
-                f"{largest_gradient(norms)[0]}; {HELPS}")
+                f"{largest_gradient(norms)[0]}; {self.helps}")
 
     def activations(self, step, squares):
         """What to say after an evaluation, from the mean square behind each block; or None."""
@@ -48,4 +48,4 @@ class Watch:
         self.said.add("activations")
         return (f"warning: the activations' mean square behind block {block + 1} is "
                 f"{squares[block]:.3g} after step {step}, {times[block]:.3g} times that at the "
-                f"start; {HELPS}")
+                f"start; {self.helps}")

@@ -77,7 +77,7 @@ def adam(dtype):
 
 
 def orthogonal_updates(dtype):
-    """Matrices (L, in, out) -> orthogonal ones, times 0.2 sqrt(max(in, out)).
+    """Matrices (L, in, out) -> nearly orthogonal ones, times 0.2 sqrt(max(in, out)).
 
     An update then has the size of Adam's (Liu et al. 2025, arXiv 2502.16982), and one learning
     rate serves both.
