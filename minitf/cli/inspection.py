@@ -27,6 +27,9 @@ THRESHOLDS = (
     f"that are all one vector, and gradient norms within a ratio of {GRADIENT_RATIO:g} over depth")
 
 
+initialise = jax.jit(init, static_argnums=(1, 2))
+
+
 def inspect(settings, plot_path):
     """Prints the report of a network on validation text; draws it into `plot_path` if given."""
     corpus, settings = read_corpus(settings)
@@ -50,7 +53,7 @@ def inspect_run(folder, plot_path):
     corpus = data.load(settings.data, config.length, saved.encoding)
     windows = data.spread_windows(corpus.validation, config.length, WINDOWS)[:, :-1]
     key, constants = jax.random.key(settings.training.seed), theory.attention_constants(config)
-    start = jax.jit(init, static_argnums=(1, 2))(key, config, vocabulary_of(saved.encoding))
+    start = initialise(key, config, vocabulary_of(saved.encoding))
     before, after = (measured([params], [key], constants, windows, config)
                      for params in (start, saved.params))
     print(table(after | {f"start {name}": value for name, value in before.items()}, "start"))
@@ -146,9 +149,9 @@ def measured(parameters, keys, constants, tokens, config):
 
 def report(config, tokens, vocabulary, seed=0):
     """What is measured at initialisation, and "predicted ..." where theory makes a prediction."""
-    constants, start = theory.attention_constants(config), jax.jit(init, static_argnums=(1, 2))
+    constants = theory.attention_constants(config)
     keys = jax.random.split(jax.random.key(seed), INITIALISATIONS)
-    parameters = (start(key, config, vocabulary) for key in keys)
+    parameters = (initialise(key, config, vocabulary) for key in keys)
     out = measured(parameters, keys, constants, tokens, config)
     n = theory.position_scale(config) if constants else None
     expected = [predicted(window, n, config) for window in tokens]

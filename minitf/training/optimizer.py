@@ -76,6 +76,9 @@ def adam(dtype):
     return optax.adam(1.0, b2=0.95)
 
 
+OPTIMIZERS = {"muon": muon, "adamw": adam}
+
+
 def orthogonal_updates(dtype):
     """Matrices (L, in, out) -> nearly orthogonal ones, times 0.2 sqrt(max(in, out)).
 
@@ -88,19 +91,21 @@ def orthogonal_updates(dtype):
 
 def newton_schulz(x, dtype):
     """x (L, in, out), float32, with all singular values brought near 1 (Jordan et al. 2024)."""
-    tall = x.shape[1] > x.shape[2]
     size = jnp.sqrt(jnp.square(x).sum((1, 2), keepdims=True))
     x = (x / jnp.maximum(size, 1e-15)).astype(dtype)
     identity = jnp.eye(min(x.shape[1:]), dtype=dtype)
+    quintic = lambda gram: 3.4445 * identity - 4.7750 * gram + 2.0315 * (gram @ gram)
     for _ in range(5):
-        transposed = jnp.swapaxes(x, 1, 2)
-        gram = transposed @ x if tall else x @ transposed                # the smaller of the two
-        polynomial = 3.4445 * identity - 4.7750 * gram + 2.0315 * (gram @ gram)
-        x = x @ polynomial if tall else polynomial @ x
+        x = times_gram(x, quintic)
     return x.astype(jnp.float32)
 
 
-OPTIMIZERS = {"muon": muon, "adamw": adam}
+def times_gram(x, function):
+    """x (L, in, out) times function(G), for G the smaller of x^T x and x x^T, on G's side."""
+    transposed = jnp.swapaxes(x, 1, 2)
+    if x.shape[1] > x.shape[2]:
+        return x @ function(transposed @ x)
+    return function(x @ transposed) @ x
 
 
 def decay_by_group():
@@ -133,11 +138,11 @@ def newton_schulz_pull(w):
 
     A Newton-Schulz step; c^2 is the mean of the squared singular values.
     """
-    tall = w.shape[1] > w.shape[2]
-    gram = jnp.einsum("lij,lik->ljk" if tall else "lji,lki->ljk", w, w)
-    size = gram.shape[-1] / jnp.trace(gram, axis1=1, axis2=2)
-    off = jnp.eye(gram.shape[-1]) - gram * size[:, None, None]
-    return (w @ off if tall else off @ w) / 2
+    def off(gram):
+        size = gram.shape[-1] / jnp.trace(gram, axis1=1, axis2=2)
+        return jnp.eye(gram.shape[-1]) - gram * size[:, None, None]
+
+    return times_gram(w, off) / 2
 
 
 def for_each_parameter(update):
