@@ -1,12 +1,13 @@
 """Times real training steps (gradients, clipping, optimizer, feeding); prints one line of JSON.
 
-    python experiments/bench.py [--vocabulary 50304] [--timed 20] [--kernels 30] [--draw 200] [flags]
+    python experiments/bench.py [--vocabulary 50304] [--timed 20] [--kernels 30] [--draw 200] ...
 
 Tokens are random: only the speed means anything. A model's floating-point operations a token are
 counted as 6 for each weight of a matrix product (2 forward, 4 backward) and 6 depth length width
 for causal attention. What is reached is compared with the rate of one large matrix product in the
 same arithmetic, measured in the same run. --kernels N adds the N kinds of kernel that take most of
 a step, in ms, from a profile of five more steps; --draw N the ms that each of N tokens takes.
+--collectives 1 adds what the devices of --mesh send each other in a step, and what each holds.
 """
 import json
 import re
@@ -23,11 +24,11 @@ from records import HERE                               # noqa: F401: minitf is i
 
 from minitf import attention_constants, init, resolve
 from minitf.cli.loop import keep_freed_memory
-from minitf.cli.main import MODES, make_parser
+from minitf.cli.main import MODES, PROCESSES, make_parser
 from minitf.network import decode, fast
-from minitf.training import data, optimizer, train
+from minitf.training import data, optimizer, sharding, train
 
-OWN = dict(vocabulary=50304, timed=20, kernels=0, draw=0)      # flags that run.py has not
+OWN = dict(vocabulary=50304, timed=20, kernels=0, draw=0, collectives=0)    # run.py has not
 
 
 def main():
@@ -36,30 +37,37 @@ def main():
     for name, default in OWN.items():
         parser.add_argument("--" + name, type=int, default=default)
     given = vars(parser.parse_args())
-    vocabulary, timed, kernels, draw = (given.pop(name) for name in OWN)
-    flags = {name: value for name, value in given.items() if name not in MODES}
+    own = [given.pop(name) for name in OWN]
+    flags = {name: value for name, value in given.items() if name not in (*MODES, *PROCESSES)}
     settings = resolve(collision_rate=0.01, backend=fast.hardware(), **flags)
-    model, how = settings.model, settings.training
-
     keep_freed_memory()
+    with sharding.use(given["mesh"], settings):
+        print(json.dumps(dict(mesh=given["mesh"]) | measure(settings, *own)))
+
+
+def measure(settings, vocabulary, timed, kernels, draw, collectives):
+    """{what: value} of some steps."""
+    model, how = settings.model, settings.training
     started = time.perf_counter()
     constants = attention_constants(model)
     seconds_constants = time.perf_counter() - started
-    params = jax.jit(partial(init, config=model, vocabulary=vocabulary))(jax.random.key(0))
+    params = sharding.make(partial(init, config=model, vocabulary=vocabulary), jax.random.key(0))
     weights = params["head"].size + sum(w.size for w in params["blocks"].values() if w.ndim == 3)
-    state = optimizer.make_optimizer(how.optimizer).init(params)
-    fixed = jax.tree.map(jnp.asarray, (constants, optimizer.group_rates(how, model)))
+    state = sharding.make(optimizer.make_optimizer(how.optimizer).init, params)
+    fixed = sharding.place((constants, optimizer.group_rates(how, model)))
     tokens = np.random.default_rng(0).integers(0, vocabulary, 10**6, np.int32)
+
+    def arguments(step):
+        rows = partial(data.batch, tokens, model.length, how.batch, 0, step)
+        return (params, state, *fixed, optimizer.learning_rate(how, step),
+                sharding.batch(rows, how.batch, model.length), model, how.optimizer, how.accumulate)
 
     def steps(first, count):
         """The loss, and seconds for some steps; a batch is made while the device works."""
         nonlocal params, state
         begin = time.perf_counter()
         for step in range(first, first + count):
-            batch = data.batch(tokens, model.length, how.batch, 0, step)
-            params, state, values = train.train_step(
-                params, state, *fixed, optimizer.learning_rate(how, step), batch, model,
-                how.optimizer)
+            params, state, values = train.train_step(*arguments(step))
         return float(values["loss"]), time.perf_counter() - begin
 
     _, first = steps(0, 1)
@@ -84,7 +92,29 @@ def main():
             begin = time.perf_counter()
             list(decode.sample(params, fixed[0], [0], draw, model, temperature=0.8))
         result["ms_per_token_drawn"] = round(1e3 * (time.perf_counter() - begin) / draw, 2)
-    print(json.dumps(result))
+    if collectives:
+        compiled = train.train_step.lower(*arguments(0)).compile()
+        held = sum(leaf.addressable_shards[0].data.nbytes
+                   for leaf in jax.tree.leaves((params, state)))
+        result |= {"collectives": sent(compiled.as_text()), "gib_of_state": held / 2**30,
+                   "gib_of_work": compiled.memory_analysis().temp_size_in_bytes / 2**30}
+    return result
+
+
+def sent(program):
+    """{kind: [how many, MiB of their results]} of the collectives in a compiled program."""
+    found = {}
+    for shapes, kind, begun in re.findall(
+            r" = (\S+|\(.*?\)) (all-reduce|all-gather|reduce-scatter|all-to-all|"
+            r"collective-permute)(-start)?\(", program):
+        shapes = re.findall(r"([a-z]+)(\d+)\[([\d,]*)\]", shapes)
+        if begun and kind != "all-reduce":             # what is given stands before what comes out
+            shapes = shapes[len(shapes) // 2:]
+        size = sum(int(bits) // 8 * int(np.prod([int(n) for n in dims.split(",") if n]))
+                   for _, bits, dims in shapes)
+        count, total = found.get(kind, (0, 0))
+        found[kind] = [count + 1, round(total + size / 2**20, 2)]
+    return found
 
 
 def profile(run, steps, most):

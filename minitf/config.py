@@ -130,6 +130,8 @@ class TrainingConfig(Checked):
     """How a network is trained: steps, optimizer, rates."""
     steps: int = flag("training", "training steps (default: 400)", low=1, high=2**31 - 1)
     batch: int = flag("training", "sequences a step (default: 16)", low=1)
+    accumulate: int = flag("training", "parts that a step's batch is computed in, one after the "
+                           "other: less memory (default: 1)", low=1)
     seed: int = flag("training", "of initialisation and order of the data (default: 0)",
                      low=0, high=2**31 - 1)
     optimizer: str = flag("training", "optimizer", "muon", "adamw")
@@ -152,6 +154,8 @@ class TrainingConfig(Checked):
         super().__post_init__()
         require(self.warmup < self.steps,
                 f"warmup must be below steps, {self.steps}, not {self.warmup}")
+        require(self.batch % self.accumulate == 0,
+                f"accumulate must divide batch, {self.batch}, not be {self.accumulate}")
         for name in ("decay_groups", "pull_groups"):
             for group in filter(None, getattr(self, name).split(",")):
                 require_one_of(("qk", "vo", "mlp"), group, name)
@@ -262,6 +266,7 @@ def resolve(preset="isometric", collision_rate=0.0, backend="cpu", **flags):
     training = TrainingConfig(
         steps=steps,
         batch=take("batch", 16),
+        accumulate=take("accumulate", 1),
         seed=take("seed", 0),
         optimizer=optimizer,
         learning_rate=take("learning_rate", rates.learning_rate),

@@ -12,7 +12,7 @@ import numpy as np
 from ..network import fast, model
 from ..network.init import init
 from ..theory import kernels as theory
-from ..training import checkpoint, data
+from ..training import checkpoint, data, sharding
 from ..training.encoding import vocabulary as vocabulary_of
 from .use import read_corpus
 
@@ -46,7 +46,7 @@ def inspect(settings, plot_path):
     print(verdict(out, config))
 
 
-def inspect_run(folder, plot_path):
+def inspect_run(folder, plot_path, mesh=None):
     """Prints the report of a run's newest checkpoint, beside its start, and its weights' sizes."""
     saved = checkpoint.newest(folder)[0]
     settings, config = saved.settings, saved.settings.model
@@ -54,8 +54,9 @@ def inspect_run(folder, plot_path):
     windows = data.spread_windows(corpus.validation, config.length, WINDOWS)[:, :-1]
     key, constants = jax.random.key(settings.training.seed), theory.attention_constants(config)
     start = initialise(key, config, vocabulary_of(saved.encoding))
-    before, after = (measured([params], [key], constants, windows, config)
-                     for params in (start, saved.params))
+    with sharding.use(mesh, settings):
+        before, after = (measured([sharding.place(params)], [key], constants, windows, config)
+                         for params in (start, saved.params))
     print(table(after | {f"start {name}": value for name, value in before.items()}, "start"))
     print(gains(start["blocks"], saved.params["blocks"]))
     if plot_path:

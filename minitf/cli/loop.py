@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import sys
+import tempfile
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -12,44 +13,46 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 
 from ..config import Sampling
 from ..errors import require
 from ..network.init import init
 from ..theory.kernels import attention_constants
 from ..training import checkpoint as checkpoints
-from ..training import data, encoding as encodings, optimizer, train as training
+from ..training import data, encoding as encodings, optimizer, sharding, train as training
 from .progress import Progress, describe
 from .use import read_corpus, show_sample
 from .watch import Watch
 
 # On resuming; the data's tokens must be the same.
-MAY_CHANGE = "steps", "learning_rate", "save_every", "data", "val_data"
+MAY_CHANGE = "steps", "learning_rate", "save_every", "accumulate", "remat", "data", "val_data"
 
 
-def train(settings, out):
-    """A new run, in the folder `out` or the next one under runs/."""
+def train(settings, out, mesh):
+    """A new run, in the folder `out` or the next one under runs/, on a mesh as sharding.use."""
     require_new(out)
     corpus, settings = read_corpus(settings)
     model, vocabulary = settings.model, encodings.vocabulary(corpus.encoding)
     require_memory(settings, vocabulary)
     constants = attention_constants(model)                        # refuses before there is a folder
-    params = jax.jit(init, static_argnums=(1, 2))(
-        jax.random.key(settings.training.seed), model, vocabulary)
-    opt_state = optimizer.make_optimizer(settings.training.optimizer).init(params)
-    out = make_folder(out, f"{settings.preset}-{model.attn}")
-    lock = checkpoints.lock(out)                                  # held until the process ends
-    require(not (out / "config.json").exists(), f"{out} was just taken by another run")
-    state = checkpoints.Checkpoint(0, settings, corpus.encoding, corpus.digest, params, opt_state)
-    run_steps(state, corpus, constants, out)
+    key = jax.random.key(settings.training.seed)
+    with sharding.use(mesh, settings):
+        params = sharding.make(partial(init, config=model, vocabulary=vocabulary), key)
+        optimize = optimizer.make_optimizer(settings.training.optimizer)
+        opt_state = sharding.make(optimize.init, params)
+        out = make_folder(out, f"{settings.preset}-{model.attn}") if sharding.first() else aside()
+        lock = checkpoints.lock(out)                              # held until the process ends
+        require(not (out / "config.json").exists(), f"{out} was just taken by another run")
+        run_steps(checkpoints.Checkpoint(0, settings, corpus.encoding, corpus.digest, params,
+                                         opt_state), corpus, constants, out)
     return lock
 
 
-def resume(folder, flags):
+def resume(folder, flags, mesh):
     """Goes on with the run in a folder from its newest usable checkpoint, as if never stopped."""
     require(folder.is_dir(), f"{folder} is not a folder")
-    lock = checkpoints.lock(folder)
+    out = folder if sharding.first() else aside()
+    lock = checkpoints.lock(out)
     state, unusable = checkpoints.newest(folder)
     for path, problem in unusable:
         print(f"run.py: {problem}; falling back to the one of step {state.step}", file=sys.stderr)
@@ -60,13 +63,16 @@ def resume(folder, flags):
     steps = state.settings.training.steps
     require(steps > state.step, f"{folder} is trained: {state.step} of {steps} steps; "
             "more --steps would go on")
-    for path, _ in unusable:                                      # kept for whoever wants to know
+    for path, _ in unusable if sharding.first() else ():          # kept for whoever wants to know
         path.rename(path.with_suffix(".unusable"))
-    checkpoints.rewind(folder / "metrics.jsonl", state.step)
+    checkpoints.rewind(out / "metrics.jsonl", state.step)
     corpus = data.load(state.settings.data, state.settings.model.length, state.encoding)
     require(corpus.digest == state.digest,
             "data is not what the run was trained on: its tokens must be the same")
-    run_steps(state, corpus, attention_constants(state.settings.model), folder)
+    with sharding.use(mesh, state.settings):
+        params, opt_state = sharding.place((state.params, state.opt_state))
+        state = state._replace(params=params, opt_state=opt_state)
+        run_steps(state, corpus, attention_constants(state.settings.model), out)
     return lock
 
 
@@ -85,8 +91,8 @@ def run_steps(state, corpus, constants, out):
     keep_freed_memory()
     start, settings, encoding, digest, params, opt_state = state
     model, how = settings.model, settings.training
-    started, constants = time.perf_counter(), jax.tree.map(jnp.asarray, constants)
-    rates = jax.tree.map(jnp.asarray, optimizer.group_rates(how, model))
+    started, read = time.perf_counter(), partial(data.batch, corpus.train, model.length, how.batch)
+    constants, rates = sharding.place((constants, optimizer.group_rates(how, model)))
     (out / "config.json").write_text(json.dumps(asdict(settings), indent=1) + "\n")
     describe(settings, params, corpus, out)
     with open(out / "metrics.jsonl", "a") as metrics, Progress(how, model.length) as progress, \
@@ -95,16 +101,18 @@ def run_steps(state, corpus, constants, out):
         watch = begin_watch(settings, params, constants, corpus, start, out, metrics)
         record = partial(record_step, metrics, progress, watch, how)
         pending = last = None                                     # the device is one step ahead
+        asked = False
         for step in range(start, how.steps):
-            batch = data.batch(corpus.train, model.length, how.batch, how.seed, step)
+            batch = sharding.batch(partial(read, how.seed, step), how.batch, model.length)
             params, opt_state, values = training.train_step(
                 params, opt_state, constants, rates, optimizer.learning_rate(how, step), batch,
-                model, how.optimizer)
+                model, how.optimizer, how.accumulate)
+            stopping, asked = bool(asked), sharding.anywhere(bool(stop))
             if pending:
                 last = record(*pending, last, saved, out)
             pending, done = (step, values), step + 1
             evaluating = done % max(how.steps // 4, 1) == 0 or done == how.steps
-            saving = done % how.save_every == 0 or done == how.steps or stop
+            saving = done % how.save_every == 0 or done == how.steps or stopping
             if step == start or evaluating or saving:
                 last, pending = record(*pending, last, saved, out), None
             if evaluating:
@@ -117,11 +125,12 @@ def run_steps(state, corpus, constants, out):
             if saving:
                 state = checkpoints.Checkpoint(done, settings, encoding, digest, params, opt_state)
                 saved = save(out, metrics, state)
-            if stop and done < how.steps:
-                line = f"stopped and saved after step {done} of {how.steps}; to go on: " \
-                    f"python run.py --resume {out}"
-                print(progress.last_words(line), file=sys.stderr)
-                sys.exit(128 + stop[0])
+            if stopping and done < how.steps:
+                if sharding.first():
+                    print(progress.last_words(
+                        f"stopped and saved after step {done} of {how.steps}; to go on: "
+                        f"python run.py --resume {out}"), file=sys.stderr)
+                sys.exit(128 + (stop or [signal.SIGTERM])[0])
             if evaluating or saving:
                 progress.rest()
     print(f"\n{said}, after {how.steps} steps, {time.perf_counter() - started:.0f} s; {out}\n\n"
@@ -238,6 +247,11 @@ def make_folder(out, name):
                 return out
     except OSError as error:
         raise ValueError(f"cannot create {error.filename}: {error.strerror}") from None
+
+
+def aside():
+    """A folder for what only the first of several processes writes where it is to be."""
+    return Path(tempfile.mkdtemp(prefix="minitf-"))
 
 
 def keep_freed_memory():

@@ -10,13 +10,15 @@ from pathlib import Path
 import jax
 
 from ..config import FIELDS, GROUPS, Sampling, kind, resolve
-from ..errors import OutOfReach, Parser
+from ..errors import OutOfReach, Parser, require
 from ..network.fast import hardware
 from ..presets import PRESETS, untuned
 from ..theory.kernels import network_activation
+from ..training import sharding
 from . import inspection, loop, use
 
-MODES = "out", "resume", "sample", "eval", "inspect", "plot", "compilation_cache"
+MODES = "out", "resume", "sample", "eval", "inspect", "plot", "compilation_cache", "mesh"
+PROCESSES = "coordinator", "process_id", "processes"
 SAMPLING = [each.name for each in fields(Sampling)]
 
 
@@ -25,20 +27,23 @@ def main(arguments=None):
     parser = make_parser()
     flags = vars(parser.parse_args(arguments))                    # those given, no others
     modes = {name: flags.pop(name) for name in MODES}
+    processes = [flags.pop(name) for name in PROCESSES]
     try:
+        start_processes(*processes)
         if modes["compilation_cache"]:
             keep_compiled_programs()
+        mesh = modes["mesh"]
         if modes["resume"]:
-            loop.resume(modes["resume"], flags)
+            loop.resume(modes["resume"], flags, mesh or "all")
         elif modes["sample"]:
             loop.refuse_others(flags, SAMPLING, "cannot be given with --sample")
-            use.sample(modes["sample"], Sampling(**flags))
+            use.sample(modes["sample"], Sampling(**flags), mesh)
         elif modes["eval"]:
             loop.refuse_others(flags, ["data"], "cannot be given with --eval")
-            use.evaluate(modes["eval"], flags.get("data"))
+            use.evaluate(modes["eval"], flags.get("data"), mesh)
         elif isinstance(modes["inspect"], Path):
             loop.refuse_others(flags, [], "cannot be given with --inspect DIR")
-            inspection.inspect_run(modes["inspect"], modes["plot"])
+            inspection.inspect_run(modes["inspect"], modes["plot"], mesh)
         else:
             names = ["preset", *(each.name for each in FIELDS)]
             loop.refuse_others(flags, names, "can only be given with --sample")
@@ -49,7 +54,7 @@ def main(arguments=None):
             if modes["inspect"] or modes["plot"]:
                 inspection.inspect(settings, modes["plot"])
             else:
-                loop.train(settings, modes["out"])
+                loop.train(settings, modes["out"], mesh or "all")
     except ValueError as error:
         parser.error(str(error))
     except BrokenPipeError:                                       # nobody reads on
@@ -59,10 +64,21 @@ def main(arguments=None):
         parser.error(f"{error.filename or 'cannot write'}: {error.strerror}")
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            sharding.leave_if_alone(error)
             raise
-        parser.error("out of memory: a smaller --batch, --length or --width may help")
+        parser.error("out of memory: --accumulate 2 or more computes a batch in parts, --remat "
+                     "keeps less; a smaller --batch, --length or --width may help")
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+
+
+def start_processes(coordinator, process_id, processes):
+    """Joins the other processes of a run on several hosts, if there are any."""
+    require((process_id is None) == (processes is None) == (coordinator in (None, "auto")),
+            "coordinator HOST:PORT, process-id and processes go together; coordinator auto stands "
+            "alone")
+    if coordinator:
+        sharding.start(coordinator, process_id, processes)
 
 
 def keep_compiled_programs():
@@ -106,6 +122,13 @@ def make_parser():
                         "matplotlib")
     parser.add_argument("--compilation-cache", action=argparse.BooleanOptionalAction, default=True,
                         help="keep what is compiled for an accelerator in ~/.cache/minitf")
+    parser.add_argument("--mesh", metavar="data=N,fsdp=N",
+                        help="devices that share each batch (data), and the parameters too (fsdp); "
+                        "default: all, on data, for training, one for all else")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="one run by several processes: "
+                        "where the first is; auto: as Slurm, Kubernetes or a TPU pod say")
+    for name, text in ("process-id", "which one this is, from 0"), ("processes", "how many"):
+        parser.add_argument("--" + name, type=int, metavar="N", help=text)
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
     groups["method"].add_argument("--preset", default=argparse.SUPPRESS, metavar="|".join(PRESETS),
                                   help="a whole network with its rates (default: isometric)")

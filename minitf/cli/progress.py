@@ -34,7 +34,9 @@ def describe(settings, params, corpus, out):
 
 def describe_device():
     plainly = ", without fast kernels" if hardware() == "other" else ""
-    return jax.devices()[0].device_kind + plainly
+    mesh = jax.sharding.get_abstract_mesh().shape                 # {axis: size}
+    several = ", ".join(f"{name} {size}" for name, size in mesh.items() if size > 1)
+    return jax.devices()[0].device_kind + plainly + f", mesh {several}" * bool(several)
 
 
 def describe_skips(model):

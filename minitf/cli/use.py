@@ -5,7 +5,7 @@ from itertools import chain
 
 from ..config import resolve
 from ..network import decode, fast
-from ..training import checkpoint, data, train
+from ..training import checkpoint, data, sharding, train
 from ..training.encoding import byte_lengths, known
 from .progress import stream
 
@@ -17,16 +17,17 @@ def read_corpus(settings):
     return corpus, resolve(settings.preset, rate, fast.hardware(), **settings.flags)
 
 
-def sample(folder, sampling):
+def sample(folder, sampling, mesh=None):
     """Streams a prompt and what a run's newest checkpoint makes of it."""
     try:
         sampling.prompt.encode()
     except UnicodeEncodeError:
         raise ValueError("prompt is not UTF-8 text") from None
-    model = checkpoint.load(folder)
-    prompt = model.encoding.encode(sampling.prompt, disallowed_special=())
+    saved = checkpoint.newest(folder)[0]
+    prompt = saved.encoding.encode(sampling.prompt, disallowed_special=())
     sys.stdout.reconfigure(encoding="utf-8")
-    show_sample(model, prompt, sampling)
+    with sharding.use(mesh, saved.settings):
+        show_sample(checkpoint.model_of(saved), prompt, sampling)
 
 
 def show_sample(model, prompt, sampling):
@@ -38,21 +39,22 @@ def show_sample(model, prompt, sampling):
     print(flush=True)
 
 
-def evaluate(folder, names):
+def evaluate(folder, names, mesh=None):
     """Prints the loss on a text, each token but the first predicted once.
 
     names: as --data; None: the run's own validation text.
     """
     saved = checkpoint.newest(folder)[0]
-    config, params, constants, encoding = checkpoint.model_of(saved)
-    size = saved.settings.training.batch
+    config, encoding, size = saved.settings.model, saved.encoding, saved.settings.training.batch
     tokens = data.read_tokens(names, encoding)[0] if names else \
         data.load(saved.settings.data, config.length, encoding).validation
     lengths, nats, total, count = byte_lengths(encoding), 0.0, 0, len(tokens) - 1
-    for span in data.spans(tokens, 64 * size * config.length):
-        windows, counted = data.all_windows(span, config.length)
-        nats += train.total_loss(params, constants, windows, counted, config, size)
-        total += lengths[span[1:]].sum()
+    with sharding.use(mesh, saved.settings):
+        _, params, constants, _ = checkpoint.model_of(saved)
+        for span in data.spans(tokens, 64 * size * config.length):
+            windows, counted = data.all_windows(span, config.length)
+            nats += train.total_loss(params, constants, windows, counted, config, size)
+            total += lengths[span[1:]].sum()
     print(f"{count:,} tokens, {total:,.0f} bytes: {nats / count:.4f} nats a token, "
           f"{nats / total / math.log(2):.4f} bits a byte, "
           f"perplexity {math.exp(min(nats / count, 700)):.4g}")

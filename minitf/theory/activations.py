@@ -153,7 +153,7 @@ def local_slope(zeta, depth, alpha, beta):
 def dks(name, psi):
     """Q(1) = 1, Q'(1) = 1, C(0) = 0, C'(1) = psi; None where no activation of this name does it."""
     if name in SMOOTH:
-        return smallest_shift(name, dks_conditions, psi)
+        return meet(name, dks_conditions, psi)
     k = np.pi * (1 - 1 / psi)
     if k > 1:
         return None
@@ -165,9 +165,9 @@ def dks(name, psi):
 
 def tat_smooth(name, curvature):
     """Q(1) = 1, Q'(1) = 1, C'(1) = 1, C''(1) = curvature, of one layer: they add along depth."""
-    found = [smallest_shift(name, partial(tat_conditions, sign=sign), curvature)
+    found = [meet(name, partial(tat_conditions, sign=sign), curvature)
              for sign in (1, -1)]
-    return min(filter(None, found), key=lambda phi: abs(phi.input_shift), default=None)
+    return smallest_shift(found)
 
 
 def attain(name, target, low, attempt):
@@ -234,7 +234,16 @@ def tat_conditions(f, curvature, sign):
     return second / slope - curvature, (q_slope + q_mean * mean) / slope - 1, slope**-0.5, mean
 
 
-def smallest_shift(name, conditions, target):
+def smallest_shift(found):
+    """The Activation with the smallest |b|, or None. Of two mirror images, of an odd phi, b > 0.
+
+    Their |b| are equal but for rounding, which must not decide: machines round differently.
+    """
+    order = lambda phi: (round(abs(phi.input_shift), 9), -phi.input_shift)
+    return min(filter(None, found), key=order, default=None)
+
+
+def meet(name, conditions, target):
     """The Activation that meets both conditions with the smallest |b|, or None.
 
     On the grid: for each b the first a where the first condition changes sign; along that curve
@@ -263,4 +272,4 @@ def smallest_shift(name, conditions, target):
         _, _, scale, mean = conditions(f, target)
         if a * scale < 2:
             found.append(Activation(name, 1.0, a, b, scale, mean - f[0]))
-    return min(found, key=lambda phi: abs(phi.input_shift), default=None)
+    return smallest_shift(found)

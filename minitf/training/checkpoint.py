@@ -14,6 +14,7 @@ import json
 import os
 import zipfile
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ from ..config import DataConfig, ModelConfig, Settings, TrainingConfig
 from ..errors import require
 from ..network.init import init
 from ..theory.kernels import attention_constants
+from . import sharding
 from .encoding import pack_encoding, unpack_encoding, vocabulary
 from .optimizer import make_optimizer
 from .train import named_leaves
@@ -34,7 +36,10 @@ FORMAT, KEPT = 3, 2                       # of the meta data; how many checkpoin
 
 
 class Checkpoint(NamedTuple):
-    """A run after `step` steps. Step and settings say which batch and rate come next."""
+    """A run after `step` steps. Step and settings say which batch and rate come next.
+
+    Arrays are NumPy's in one that was loaded: sharding.place brings them to the devices.
+    """
     step: int
     settings: Settings
     encoding: tiktoken.Encoding
@@ -54,31 +59,52 @@ class Model(NamedTuple):
 # --- Saving -----------------------------------------------------------------------------
 
 def save(folder, checkpoint):
-    """Writes checkpoint-STEP.npz and removes all but the last two.
+    """Writes checkpoint-STEP.npz and removes all but the last two. Of several processes the first.
 
-    ValueError, and nothing written, if anything is not finite or the disk is full.
+    One array at a time: no host has more of them in memory. ValueError, and nothing written, if
+    anything is not finite or the disk is full.
     """
     step, settings, encoding, digest, params, opt_state = checkpoint
-    arrays = {name: np.asarray(leaf) for name, leaf in
-              named_leaves({"params": params, "opt_state": opt_state})}
-    for name, array in arrays.items():
-        require(np.isfinite(array).all(), f"{name} is not finite after step {step}: not saved")
+    state = {"params": params, "opt_state": opt_state}
+    for name, finite in named_leaves(jax.device_get(all_finite(state))):
+        require(finite, f"{name} is not finite after step {step}: not saved")
     pairs, names = pack_encoding(encoding)
     meta = {"format": FORMAT, "step": step, "settings": asdict(settings), "digest": digest, **names}
-    arrays |= pairs
-    arrays["meta"] = np.frombuffer(json.dumps(meta).encode(), np.uint8)
-    write(Path(folder) / f"checkpoint-{step:08}.npz",
-          lambda file: np.savez(file, **arrays, sha256=checksum(arrays)))
+    arrays = {**dict(named_leaves(state)), **pairs,
+              "meta": np.frombuffer(json.dumps(meta).encode(), np.uint8)}
+    if not sharding.first():
+        for name in sorted(arrays):                    # takes part in bringing them together
+            sharding.fetch(arrays[name])
+        return
+    write(Path(folder) / f"checkpoint-{step:08}.npz", partial(write_arrays, arrays=arrays))
     older = [path for path in checkpoints(folder) if number(path) <= step][KEPT:]
     leftover = Path(folder).glob("checkpoint-*.part")      # of a process that was killed
     for path in [*older, *leftover]:
         path.unlink()
 
 
+@jax.jit
+def all_finite(tree):
+    """Of each leaf, whether all of it is finite."""
+    return sharding.whole(jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), tree))
+
+
+def write_arrays(file, arrays):
+    """As np.savez, arrays one by one, their checksum last."""
+    with zipfile.ZipFile(file, "w") as archive:
+        def put(name, array):
+            with archive.open(name + ".npy", "w", force_zip64=True) as entry:
+                np.lib.format.write_array(entry, array, allow_pickle=False)
+            return array
+
+        each = ((name, put(name, sharding.fetch(arrays[name]))) for name in sorted(arrays))
+        put("sha256", checksum(each))
+
+
 def checksum(arrays):
-    """SHA-256 of names, types, shapes and contents, (32,) of uint8."""
+    """SHA-256 of names, types, shapes and contents, (32,) of uint8; of (name, array), by name."""
     total = hashlib.sha256()
-    for name, array in sorted(arrays.items()):
+    for name, array in arrays:
         total.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
         total.update(np.ascontiguousarray(array).data)
     return np.frombuffer(total.digest(), np.uint8)
@@ -145,8 +171,8 @@ def load(place):
 def model_of(checkpoint):
     """The Model in a Checkpoint."""
     config = checkpoint.settings.model
-    constants = jax.tree.map(jnp.asarray, attention_constants(config))
-    return Model(config, checkpoint.params, constants, checkpoint.encoding)
+    params, constants = sharding.place((checkpoint.params, attention_constants(config)))
+    return Model(config, params, constants, checkpoint.encoding)
 
 
 def newest(folder):
@@ -193,7 +219,8 @@ def read(path):
     with np.load(path, allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
     require("sha256" in arrays, "it has no checksum")
-    require(np.array_equal(arrays.pop("sha256"), checksum(arrays)), "its checksum does not hold")
+    require(np.array_equal(arrays.pop("sha256"), checksum(sorted(arrays.items()))),
+            "its checksum does not hold")
     return arrays
 
 
@@ -213,7 +240,7 @@ def restore(arrays):
         found = f"{arrays[name].dtype}{list(arrays[name].shape)}"
         wanted = f"{leaf.dtype}{list(leaf.shape)}"
         require(found == wanted, f"{name} must be {wanted}, not {found}")
-    leaves = [jnp.array(arrays[name]) for name, _ in named_leaves(template)]
+    leaves = [arrays[name] for name, _ in named_leaves(template)]
     return Checkpoint(meta["step"], settings, encoding, meta["digest"],
                       **jax.tree.unflatten(jax.tree.structure(template), leaves))
 

@@ -146,14 +146,14 @@ def unigram_loss(train_counts, validation_counts):
 
 # --- Batches ----------------------------------------------------------------------------
 
-def batch(tokens, length, size, seed, step):
-    """The batch of a step, (size, length + 1) of int32.
+def batch(tokens, length, size, seed, step, rows=slice(None)):
+    """The batch of a step, (size, length + 1) of int32, or some of its rows.
 
     Windows in an order drawn anew for each pass over the tokens. A pure function of its arguments,
     so that a run can be taken up at any step.
     """
     windows = (len(tokens) - 1) // length             # a window's last target begins the next one
-    index = np.arange(step * size, (step + 1) * size)
+    index = np.arange(step * size, (step + 1) * size)[rows]
     starts = np.array([window_order(windows, seed, int(i // windows))[i % windows]
                        for i in index]) * length
     return tokens[starts[:, None] + np.arange(length + 1)].astype(np.int32)

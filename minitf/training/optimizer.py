@@ -3,12 +3,15 @@
 To add a group, name its parameters in GROUPS, give its multiple in `group_rates`, and add it to
 MATRIX_GROUPS if Muon is to train it.
 """
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from ..theory.families import identity_parts
+from . import sharding
 
 # The learning-rate group that a parameter is in. Those not named, gains and families' own
 # parameters, learn at the plain learning rate.
@@ -86,7 +89,8 @@ def orthogonal_updates(dtype):
     rate serves both.
     """
     return optax.stateless_with_tree_map(
-        lambda w, _: 0.2 * max(w.shape[1:]) ** 0.5 * newton_schulz(w, dtype))
+        lambda w, _: 0.2 * max(w.shape[1:]) ** 0.5
+        * sharding.one_matrix_a_device(partial(newton_schulz, dtype=dtype), w))
 
 
 def newton_schulz(x, dtype):
@@ -129,7 +133,9 @@ def pull_to_orthogonal():
     """
     def update(group, u, w, rates, learning_rate):
         pull = rates["orthogonal_pull"].get(group)
-        return u if pull is None else u + pull * newton_schulz_pull(w)
+        if pull is None:
+            return u
+        return u + pull * sharding.one_matrix_a_device(newton_schulz_pull, w)
     return for_each_parameter(update)
 
 

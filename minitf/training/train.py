@@ -8,32 +8,55 @@ import optax
 
 from ..network import fast, model
 from ..network.operations import REFERENCE
+from . import sharding
 from .optimizer import make_optimizer
+
+
+def token_losses(params, constants, batch, config, ops):
+    """model.token_losses, on the mesh in use if there is one."""
+    outer = sharding.whole({name: part for name, part in params.items() if name != "blocks"})
+    return model.token_losses(params | outer, constants, batch, config, sharding.distribute(ops))
 
 
 def loss(params, constants, batch, config):
     """Mean cross-entropy in nats per token; batch (B, T + 1) of tokens."""
-    return model.token_losses(params, constants, batch, config, fast.operations(config)).mean()
+    return token_losses(params, constants, batch, config, fast.operations(config)).mean()
 
 
-@partial(jax.jit, static_argnames=("config", "optimizer"), donate_argnums=(0, 1))
-def train_step(params, opt_state, constants, rates, learning_rate, batch, config, optimizer):
+def loss_and_gradient(params, constants, batch, config, parts):
+    """(loss, its gradient), of `parts` equal parts of the batch, one after the other."""
+    of_part = lambda part: jax.value_and_grad(loss)(params, constants, part, config)
+    if parts == 1:
+        return of_part(batch)
+    # Part i has every row i, i + parts, ...: on several devices, some of each one's.
+    batch = jnp.swapaxes(batch.reshape(-1, parts, batch.shape[1]), 0, 1)
+    add = lambda total, part: (jax.tree.map(jnp.add, total, of_part(part)), None)
+    zeros = jnp.float32(0), sharding.constrain(jax.tree.map(jnp.zeros_like, params))
+    return jax.tree.map(lambda sum: sum / parts, jax.lax.scan(add, zeros, batch)[0])
+
+
+@partial(jax.jit, static_argnames=("config", "optimizer", "parts"), donate_argnums=(0, 1))
+def train_step(params, opt_state, constants, rates, learning_rate, batch, config, optimizer,
+               parts=1):
     """One update: (params, opt_state, metrics). Old buffers are given up.
 
     Args:
       constants: those of `attention_constants`.
       rates, learning_rate: those of `optimizer.group_rates` and of this step.
       batch: (B, T + 1) of tokens.
-      config, optimizer: a ModelConfig and an optimizer's name; static, as nothing else is.
+      config, optimizer: a ModelConfig and an optimizer's name; static, as nothing else is but
+      parts: in how many parts the batch is computed, which must divide B.
     Returns metrics {"loss", "grad_norm", "grad_norms"}: the loss before the update, the gradient's
       norm before clipping, and that of each parameter, in their tree; (L,), those of the blocks.
     """
-    value, gradient = jax.value_and_grad(loss)(params, constants, batch, config)
+    value, gradient = loss_and_gradient(params, constants, batch, config, parts)
+    gradient = sharding.constrain(gradient)
     updates, opt_state = make_optimizer(optimizer, config.dtype).update(
         gradient, opt_state, params, rates=rates, learning_rate=learning_rate)
     metrics = {"loss": value, "grad_norm": optax.tree.norm(gradient),
                "grad_norms": gradient_norms(gradient)}
-    return optax.apply_updates(params, updates), opt_state, metrics
+    params = optax.apply_updates(params, updates)
+    return *sharding.constrain((params, opt_state)), sharding.whole(metrics)
 
 
 def gradient_norms(gradient):
@@ -51,7 +74,7 @@ def evaluation(config, **others):
 @partial(jax.jit, static_argnames="config")
 def evaluate_tokens(params, constants, batch, config):
     """Cross-entropy in nats of each target: batch (B, T + 1) -> (B, T)."""
-    return model.token_losses(params, constants, batch, config, evaluation(config))
+    return sharding.whole(token_losses(params, constants, batch, config, evaluation(config)))
 
 
 @partial(jax.jit, static_argnames="config")
@@ -68,8 +91,8 @@ def evaluate_batch(params, constants, batch, config):
         squares.append(found)
         return x
 
-    losses = model.token_losses(params, constants, batch, config, evaluation(config, repeat=repeat))
-    return losses.mean(), squares[0]
+    losses = token_losses(params, constants, batch, config, evaluation(config, repeat=repeat))
+    return sharding.whole((losses.mean(), squares[0]))
 
 
 def evaluate(params, constants, windows, config, size):

@@ -1,0 +1,195 @@
+"""Several devices, of one host or more: who holds what. XLA's partitioner does the rest.
+
+A mesh has two axes, data and fsdp. Both split a batch's sequences. fsdp also splits what RULES
+names: parameters, their moments and their gradients. Without a mesh in use nothing here does
+anything. Functions of a tree look a leaf's rule up by the last name on its path.
+"""
+import math
+import os
+import sys
+from contextlib import nullcontext
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P, get_abstract_mesh
+
+from ..errors import require
+
+LOST_AFTER = 30                      # seconds without a word from a process until all end
+AXES = "data", "fsdp"
+BATCH = P(AXES)                                                               # of sequences
+RULES = {"embed": P(None, "fsdp"), "head": P("fsdp")} | dict.fromkeys(
+    ("query", "key", "value", "output", "up", "down"), P(None, "fsdp"))       # (L, in, out)
+
+
+# --- Processes and mesh -------------------------------------------------------------------
+
+def start(coordinator, process_id, processes):
+    """Makes this process one of several, through JAX's own runtime; only the first is heard.
+
+    coordinator: HOST:PORT of the first process, or "auto": what JAX finds out by itself.
+    """
+    own = (None,) * 3 if coordinator == "auto" else (coordinator, processes, process_id)
+    jax.distributed.initialize(*own, heartbeat_timeout_seconds=LOST_AFTER,
+                               shutdown_timeout_seconds=LOST_AFTER)
+    if not first():
+        sys.stdout = open(os.devnull, "w")
+
+
+def first():
+    """Whether this process is the one that logs and saves."""
+    return jax.process_index() == 0
+
+
+def leave_if_alone(error):
+    """Ends this process, of several, with one line: not with a wait for one that is lost."""
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
+        print(f"run.py: another process of this run is lost ({str(error).splitlines()[0][:200]}); "
+              "the last checkpoint is whole, --resume goes on from it", file=sys.stderr, flush=True)
+        os._exit(2)
+
+
+def use(text, settings):
+    """A context in which all is computed on the mesh "data=2,fsdp=4"; None: on one device.
+
+    "all": as many devices, on data, as divide the batch. ValueError, with the numbers that would
+    do, for a mesh that does not fit devices, batch or width.
+    """
+    sequences, width = settings.training.batch // settings.training.accumulate, settings.model.width
+    count, sizes = jax.device_count(), dict.fromkeys(AXES, 1)
+    if text == "all":
+        sizes["data"] = max(n for n in range(1, count + 1) if sequences % n == 0)
+        if sizes["data"] < count:
+            print(f"note: {sizes['data']} of {count} devices are used, as many as divide "
+                  f"{sequences} sequences")
+        text = f"data={sizes['data']}"
+    for part in filter(None, (text or "").split(",")):
+        name, _, size = part.partition("=")
+        require(name in AXES and size.isdecimal() and 0 < int(size) <= count,
+                f"mesh must be like data=2,fsdp=4, at most {count} devices, not {text!r}")
+        sizes[name] = int(size)
+    used = math.prod(sizes.values())
+    require(used <= count and (used == count or jax.process_count() == 1),
+            f"mesh {text} is of {used} devices, there are {count}")
+    for what, number, size in ("sequences", sequences, used), ("width", width, sizes["fsdp"]):
+        fitting = [str(n) for n in range(1, count + 1) if number % n == 0]
+        require(number % size == 0, f"mesh: {size} does not divide the {what}, {number}; "
+                f"{', '.join(fitting)} would")
+    if used == 1:
+        return nullcontext()
+    return jax.set_mesh(jax.make_mesh(tuple(sizes.values()), AXES, (AxisType.Auto,) * 2,
+                                      devices=jax.devices()[:used]))
+
+
+def in_use():
+    return not get_abstract_mesh().empty
+
+
+def anywhere(flag):
+    """Whether any process says so: a number on the devices, to be read when it is there."""
+    if jax.process_count() == 1:
+        return flag
+    flags = from_rows((jax.device_count(),), BATCH, lambda index: np.full(1, flag, np.int32))
+    return jax.jit(lambda flags: whole(flags.sum()))(flags)
+
+
+# --- Where arrays are ---------------------------------------------------------------------
+
+def specs(tree):
+    """The PartitionSpec of each leaf."""
+    def of_leaf(path, leaf):
+        spec = RULES.get(getattr(path[-1], "key", None), P()) if path else P()
+        return spec if np.ndim(leaf) >= len(spec) else P()
+    return jax.tree_util.tree_map_with_path(of_leaf, tree)
+
+
+def place(tree):
+    """Arrays that each host has whole, on the devices, as RULES say."""
+    if not in_use():
+        return jax.tree.map(jnp.array, tree)
+    return jax.tree.map(lambda leaf, spec: from_rows(leaf.shape, spec, leaf.__getitem__),
+                        jax.tree.map(np.asarray, tree), specs(tree))
+
+
+def from_rows(shape, spec, read):
+    """An array of a shape: each device gets read(its slices)."""
+    sharding = NamedSharding(jax.sharding.get_mesh(), spec)
+    return jax.make_array_from_callback(shape, sharding, read)
+
+
+def fetch(leaf):
+    """An array of all processes as NumPy's, whole, in each of them."""
+    if getattr(leaf, "is_fully_addressable", True):
+        return np.asarray(leaf)
+    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+
+
+def make(function, *arguments):
+    """function(*arguments), a tree that is made where RULES want it."""
+    if not in_use():
+        return jax.jit(function)(*arguments)
+    mesh = jax.sharding.get_mesh()
+    shardings = jax.tree.map(partial(NamedSharding, mesh),
+                             specs(jax.eval_shape(function, *arguments)))
+    return jax.jit(function, out_shardings=shardings)(*arguments)
+
+
+def batch(read, sequences, length):
+    """A batch (B, T + 1) on the devices: read(rows) -> those of its rows that are needed here."""
+    if not in_use():
+        return read(slice(None))
+    return from_rows((sequences, length + 1), BATCH, lambda index: read(index[0])[:, index[1]])
+
+
+# --- Inside of what is compiled -----------------------------------------------------------
+
+def constrain(tree, spec=None):
+    """A tree as `spec` says, or each leaf as RULES do."""
+    if not in_use():
+        return tree
+    wanted = specs(tree) if spec is None else jax.tree.map(lambda _: spec, tree)
+    return jax.tree.map(jax.lax.with_sharding_constraint, tree, wanted)
+
+
+def whole(tree):
+    """A tree that every device has whole."""
+    return constrain(tree, P())
+
+
+def one_matrix_a_device(function, x):
+    """function(x (L, in, out)), of which each device computes its share of the L matrices."""
+    ways = P("fsdp"), P(("fsdp", "data"))          # first an all-to-all, then each takes its part
+    for way in ways:
+        x = constrain(x, way)
+    x = function(x)
+    for way in reversed(ways):
+        x = constrain(x, way)
+    return x
+
+
+def distribute(ops):
+    """Operations for the mesh in use: attention and loss by shards, weights gathered when due."""
+    if not in_use():
+        return ops
+
+    def attend(qkv, constants, config):
+        return by_shard(partial(ops.attend, config=config), BATCH, P())(qkv, constants)
+
+    def repeat(step, x, layers):
+        def gathered(x, layer):
+            weights, constants = layer
+            return step(constrain(x, BATCH), (whole(weights), constants))
+        return ops.repeat(gathered, x, layers)
+
+    def cross_entropy(x, head, targets):
+        return by_shard(ops.cross_entropy, BATCH, P(), BATCH)(x, head, targets)
+
+    return ops._replace(attend=attend, repeat=repeat, cross_entropy=cross_entropy)
+
+
+def by_shard(function, *specs):
+    """function, run by each device on its own sequences: our kernels cannot be partitioned."""
+    return jax.shard_map(function, in_specs=specs, out_specs=BATCH, check_vma=False)

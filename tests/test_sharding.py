@@ -1,0 +1,124 @@
+"""Several devices give what one gives: simulated ones, and real processes that are killed."""
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from minitf import load, resolve
+from minitf.training import sharding
+
+ROOT = Path(__file__).parents[1]
+# Each with another preset and mesh. By hand also ["paper", {"eta": 0.2}, "data=8"] and
+# ["identity-skip", {}, "data=2,fsdp=4"]: see meshes.py.
+CASES = [("isometric", {}, "data=2"),
+         ("preln", dict(optimizer="muon"), "fsdp=4"),
+         ("normless", dict(optimizer="adamw", accumulate=2), "data=2,fsdp=2")]
+
+
+def environment(devices):
+    return dict(os.environ, XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}")
+
+
+def test_meshes_give_what_one_device_gives():
+    """Losses differ no more than one device's do when a batch's rows are in another order.
+
+    Either way float32 sums of the same N = 512 terms are taken in another order. At first that is
+    some units in the last place of a loss below 8, later what training makes of it.
+    """
+    done = subprocess.run([sys.executable, "tests/meshes.py", json.dumps(CASES)], cwd=ROOT,
+                          capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=str(ROOT)))
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(each["preset"], each["mesh"]) for each in found] == [(p, m) for p, _, m in CASES]
+    for each, (_, _, mesh) in zip(found, CASES):
+        fsdp = int((re.findall(r"fsdp=(\d)", mesh) or [1])[0])
+        assert each["shard"] == [2, 32 // fsdp, 128]
+        ulp = np.spacing(np.float32(7))
+        assert max(each["apart"][:5]) <= 8 * ulp, each
+        assert max(each["apart"]) <= max(3 * max(each["shuffled"]), 1e-3 * each["fall"]), each
+        assert each["fall"] > 0.5                          # it did learn
+        # Each entry of the gradient is a sum over N tokens of terms that partly cancel.
+        assert each["gradient"] < 512**0.5 * np.finfo(np.float32).eps
+
+
+@pytest.mark.parametrize("text, said", [
+    ("data=3", "at most 1 devices"), ("rows=1", "data=2,fsdp=4"), ("data", "data=2,fsdp=4"),
+    ("data=0", "at most 1 devices")])
+def test_a_mesh_that_does_not_fit_is_refused(text, said):
+    with pytest.raises(ValueError, match=said):
+        sharding.use(text, resolve())
+
+
+def test_refusals_name_the_numbers_that_do():
+    command = [sys.executable, "run.py", "--depth", "2", "--steps", "1", "--width", "36",
+               "--heads", "2"]
+    for flags, said in [("--batch 12 --mesh data=8", "8 does not divide the sequences, 12; "
+                         "1, 2, 3, 4, 6 would"),
+                        ("--mesh fsdp=8", "8 does not divide the width, 36; 1, 2, 3, 4, 6 would"),
+                        ("--accumulate 5", "accumulate must divide batch, 16"),
+                        ("--coordinator auto --processes 2", "stands alone")]:
+        done = subprocess.run(command + flags.split(), cwd=ROOT, capture_output=True, text=True,
+                              env=environment(8))
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert said in done.stderr
+
+
+def start(folder, which, port, *flags):
+    """One of two processes, each with two simulated devices, that train together."""
+    command = [sys.executable, "run.py", "--depth", "2", "--width", "32", "--length", "32",
+               "--coordinator", f"localhost:{port}", "--processes", "2", "--process-id", str(which),
+               "--mesh", "data=2,fsdp=2", *flags]
+    command += ["--out", str(folder)] if "--resume" not in flags else []
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, env=environment(2))
+
+
+def two(folder, *flags):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    return [start(folder, which, port, *flags) for which in (0, 1)]
+
+
+def wait_for(folder, step, processes):
+    deadline = time.monotonic() + 120
+    while not (folder / f"checkpoint-{step:08}.npz").exists():
+        assert time.monotonic() < deadline and all(each.poll() is None for each in processes)
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("victim", (0, 1))
+def test_a_lost_process_ends_the_other(tmp_path, victim):
+    """SIGKILL of either, the coordinator too: the other ends, a whole checkpoint is left."""
+    processes = two(tmp_path, "--steps", "100000", "--save-every", "5")
+    wait_for(tmp_path, 5, processes)
+    processes[victim].kill()
+    _, errors = processes[1 - victim].communicate(timeout=2 * sharding.LOST_AFTER)
+    assert processes[1 - victim].returncode != 0
+    assert "lost" in errors or "another task died" in errors, errors[-2000:]
+    load(tmp_path)
+
+
+def test_a_signal_to_either_process_stops_both_and_one_device_goes_on(tmp_path):
+    processes = two(tmp_path, "--steps", "2000", "--save-every", "10")
+    wait_for(tmp_path, 10, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    ends = [each.communicate(timeout=60) for each in processes]
+    assert [each.returncode for each in processes] == [128 + signal.SIGTERM] * 2
+    assert "to go on" in ends[0][1] and "preset" in ends[0][0] and "preset" not in ends[1][0]
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").open()]
+    last = max(steps) + 1
+    done = subprocess.run([sys.executable, "run.py", "--resume", str(tmp_path), "--steps",
+                           str(last + 3)], cwd=ROOT, capture_output=True, text=True,
+                          env=environment(1))
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    assert [line["step"] for line in lines if "loss" in line] == [*range(last + 3)]
