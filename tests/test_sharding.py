@@ -34,7 +34,8 @@ def test_meshes_give_what_one_device_gives():
     some units in the last place of a loss below 8, later what training makes of it.
     """
     done = subprocess.run([sys.executable, "tests/meshes.py", json.dumps(CASES)], cwd=ROOT,
-                          capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=str(ROOT)))
+                          capture_output=True, text=True,
+                          env=dict(os.environ, PYTHONPATH=str(ROOT)))
     assert done.returncode == 0, done.stderr[-2000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert [(each["preset"], each["mesh"]) for each in found] == [(p, m) for p, _, m in CASES]
@@ -71,9 +72,13 @@ def test_refusals_name_the_numbers_that_do():
         assert said in done.stderr
 
 
+IMPATIENT = ("from minitf.training import sharding; sharding.LOST_AFTER = 5; "
+             "from minitf.cli.main import main; main()")
+
+
 def start(folder, which, port, *flags):
     """One of two processes, each with two simulated devices, that train together."""
-    command = [sys.executable, "run.py", "--depth", "2", "--width", "32", "--length", "32",
+    command = [sys.executable, "-c", IMPATIENT, "--depth", "2", "--width", "32", "--length", "32",
                "--coordinator", f"localhost:{port}", "--processes", "2", "--process-id", str(which),
                "--mesh", "data=2,fsdp=2", *flags]
     command += ["--out", str(folder)] if "--resume" not in flags else []
@@ -101,9 +106,9 @@ def test_a_lost_process_ends_the_other(tmp_path, victim):
     processes = two(tmp_path, "--steps", "100000", "--save-every", "5")
     wait_for(tmp_path, 5, processes)
     processes[victim].kill()
-    _, errors = processes[1 - victim].communicate(timeout=2 * sharding.LOST_AFTER)
+    _, errors = processes[1 - victim].communicate(timeout=60)
     assert processes[1 - victim].returncode != 0
-    assert "lost" in errors or "another task died" in errors, errors[-2000:]
+    assert "seems lost" in errors or "another task died" in errors, errors[-2000:]
     load(tmp_path)
 
 

@@ -56,7 +56,11 @@ def test_a_run_that_explodes_says_so_and_shows_where(tmp_path, capsys):
     metrics = [json.loads(each) for each in
                (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     squares = [each["mean_square"] for each in metrics if "mean_square" in each]
-    assert len(squares) == 5 and all(len(each) == 3 for each in squares)
+    assert len(squares) == 6 and all(len(each) == 3 for each in squares)
+    losses = {each["step"]: each["val_loss"] for each in metrics if "val_loss" in each}
+    best = min(losses, key=losses.get)
+    assert (tmp_path / "run" / f"checkpoint-{best:08}.npz").exists()
+    assert "best checkpoint" in said
     main(["--inspect", str(tmp_path / "run")])
     shown = capsys.readouterr().out
     assert "(start)" in shown and "size of the weights" in shown

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -24,6 +25,7 @@ from .progress import Progress, describe
 from .use import read_corpus, show_sample
 from .watch import Watch
 
+SAVE_SECONDS, STOP = 600, 2                # between two checkpoints, at most
 # On resuming; the data's tokens must be the same.
 MAY_CHANGE = "steps", "learning_rate", "save_every", "accumulate", "remat", "data", "val_data"
 
@@ -42,7 +44,8 @@ def train(settings, out, mesh):
         opt_state = sharding.make(optimize.init, params)
         out = make_folder(out, f"{settings.preset}-{model.attn}") if sharding.first() else aside()
         lock = checkpoints.lock(out)                              # held until the process ends
-        require(not (out / "config.json").exists(), f"{out} was just taken by another run")
+        require(not checkpoints.checkpoints(out), f"{out} was just taken by another run")
+        checkpoints.rewind(out / "metrics.jsonl", 0)              # of a run that never began
         run_steps(checkpoints.Checkpoint(0, settings, corpus.encoding, corpus.digest, params,
                                          opt_state), corpus, constants, out)
     return lock
@@ -51,6 +54,7 @@ def train(settings, out, mesh):
 def resume(folder, flags, mesh):
     """Goes on with the run in a folder from its newest usable checkpoint, as if never stopped."""
     require(folder.is_dir(), f"{folder} is not a folder")
+    require(checkpoints.checkpoints(folder), f"{folder} has no checkpoint")
     out = folder if sharding.first() else aside()
     lock = checkpoints.lock(out)
     state, unusable = checkpoints.newest(folder)
@@ -97,24 +101,27 @@ def run_steps(state, corpus, constants, out):
     describe(settings, params, corpus, out)
     with open(out / "metrics.jsonl", "a") as metrics, Progress(how, model.length) as progress, \
             stop_signals() as stop:
-        saved = start or save(out, metrics, state)
+        if not start:
+            save(out, metrics, state)
         watch = begin_watch(settings, params, constants, corpus, start, out, metrics)
         record = partial(record_step, metrics, progress, watch, how)
         pending = last = None                                     # the device is one step ahead
-        asked = False
+        asked, saved_at = 0, time.monotonic()
         for step in range(start, how.steps):
             batch = sharding.batch(partial(read, how.seed, step), how.batch, model.length)
             params, opt_state, values = training.train_step(
                 params, opt_state, constants, rates, optimizer.learning_rate(how, step), batch,
                 model, how.optimizer, how.accumulate)
-            stopping, asked = bool(asked), sharding.anywhere(bool(stop))
+            late = sharding.first() and time.monotonic() - saved_at > SAVE_SECONDS
+            told, asked = int(asked), sharding.largest(STOP if stop else int(late))
+            stopping = told == STOP
             if pending:
-                last = record(*pending, last, saved, out)
+                last = record(*pending, last)
             pending, done = (step, values), step + 1
-            evaluating = done % max(how.steps // 4, 1) == 0 or done == how.steps
-            saving = done % how.save_every == 0 or done == how.steps or stopping
-            if step == start or evaluating or saving:
-                last, pending = record(*pending, last, saved, out), None
+            evaluating = done % how.save_every == 0 or done == how.steps
+            saving = evaluating or told
+            if step == start or saving:
+                last, pending = record(*pending, last), None
             if evaluating:
                 count = (64 if done == how.steps else 4) * how.batch
                 said, warning = evaluate(settings, params, constants, corpus, count, done, metrics,
@@ -124,14 +131,15 @@ def run_steps(state, corpus, constants, out):
                     progress.note(warning)
             if saving:
                 state = checkpoints.Checkpoint(done, settings, encoding, digest, params, opt_state)
-                saved = save(out, metrics, state)
+                save(out, metrics, state, watch.best)
+                saved_at = time.monotonic()
             if stopping and done < how.steps:
                 if sharding.first():
                     print(progress.last_words(
                         f"stopped and saved after step {done} of {how.steps}; to go on: "
                         f"python run.py --resume {out}"), file=sys.stderr)
                 sys.exit(128 + (stop or [signal.SIGTERM])[0])
-            if evaluating or saving:
+            if saving:
                 progress.rest()
     print(f"\n{said}, after {how.steps} steps, {time.perf_counter() - started:.0f} s; {out}\n\n"
           "A sample, from a beginning in the validation text:\n")
@@ -153,7 +161,7 @@ def begin_watch(settings, params, constants, corpus, start, out, metrics):
     return watch
 
 
-def record_step(metrics, progress, watch, how, step, values, last, saved, out):
+def record_step(metrics, progress, watch, how, step, values, last):
     """Waits for a step, adds its line to the metrics; exits if it is not finite.
 
     last: what was returned for the step before. Returns (step, values).
@@ -170,11 +178,10 @@ def record_step(metrics, progress, watch, how, step, values, last, saved, out):
         return step, values
     suspect = last if last and not math.isfinite(line["loss"]) else (step, values)
     name, norm = training.largest_gradient(suspect[1]["grad_norms"])
+    cause = watch.help() if step else "no step was taken: it is not the learning rate"
     sys.exit(progress.last_words(
         f"loss is {line['loss']:.3g}, gradient norm {line['grad_norm']:.3g} at step {step}; the "
-        f"largest gradient at step {suspect[0]} is that of {name}, {norm:.3g}. The checkpoint of "
-        f"step {saved} is kept; try python run.py --resume {out} "
-        f"--learning-rate {how.learning_rate / 4:.2g}"))
+        f"largest gradient at step {suspect[0]} is that of {name}, {norm:.3g}; {cause}"))
 
 
 def evaluate(settings, params, constants, corpus, count, step, metrics, watch):
@@ -188,19 +195,20 @@ def evaluate(settings, params, constants, corpus, count, step, metrics, watch):
     size = corpus.validation_counts @ encodings.byte_lengths(corpus.encoding)
     bits = len(corpus.validation) / size / math.log(2)            # per byte, of a nat per token
     unigram = data.unigram_loss(corpus.train_counts, corpus.validation_counts)
-    metrics.write(json.dumps({"step": step, "val_loss": value, "val_bits_per_byte": value * bits,
-                              "mean_square": squares}) + "\n")
+    line = {"step": step, "val_loss": value, "val_bits_per_byte": value * bits,
+            "mean_square": squares}
+    metrics.write(json.dumps(line) + "\n")
+    watch.recall(line)
     said = (f"validation loss {value:.3f} nats a token, {value * bits:.3f} bits a byte "
             f"(unigram {unigram:.3f}, {unigram * bits:.3f})")
     return said, watch.activations(step, squares)
 
 
-def save(out, metrics, state):
-    """A checkpoint, after the metrics of all steps before it are on disk; its step."""
+def save(out, metrics, state, best=None):
+    """A checkpoint, after the metrics of all steps before it are on disk."""
     metrics.flush()
     os.fsync(metrics.fileno())
-    checkpoints.save(out, state)
-    return state.step
+    checkpoints.save(out, state, best)
 
 
 # --- What surrounds a run -----------------------------------------------------------------
@@ -221,15 +229,28 @@ def require_memory(settings, vocabulary):
     numbers = 3 * (12 * d * d * depth + 2 * d * vocabulary)
     numbers += depth * length**2 * (model.attn == "uspa")
     numbers += batch * length * (vocabulary + d * depth)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = available_memory()
     require(4 * numbers < memory, f"this needs {4 * numbers / 2**30:,.0f} GiB of memory at the "
             f"least, there are {memory / 2**30:.0f}: a smaller depth, width, length or batch is "
             "needed")
 
 
+def available_memory():
+    """Bytes of all devices used, or of this machine or container; infinite where not known."""
+    limits = [math.inf]
+    with suppress(AttributeError, OSError, ValueError):           # Windows has no sysconf
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    with suppress(OSError, ValueError):                           # "max"
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    device = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    return device * jax.device_count() if device else min(limits)
+
+
 def require_new(out):
-    """ValueError if the folder is there already with anything in it, or could not be one."""
-    new = out is None or not out.exists() or out.is_dir() and not any(out.iterdir())
+    """ValueError if the folder is there already with more in it than a run that never began."""
+    leftover = {"lock", "config.json", "metrics.jsonl"}
+    new = out is None or not out.exists() or \
+        out.is_dir() and {path.name for path in out.iterdir()} <= leftover
     require(new, f"{out} exists and is not an empty folder: a run never overwrites another")
 
 
@@ -241,8 +262,8 @@ def make_folder(out, name):
             return out
         Path("runs").mkdir(exist_ok=True)
         for number in range(1, 10**6):
-            out = Path("runs") / f"{name}-{number}"
-            if not out.exists():
+            with suppress(FileExistsError):
+                out = Path("runs") / f"{name}-{number}"
                 out.mkdir()
                 return out
     except OSError as error:
@@ -260,15 +281,21 @@ def keep_freed_memory():
     Not in pages that the system takes back, clears and maps again, which costs a CPU up to a fifth
     of a step.
     """
-    with suppress(OSError, AttributeError):
+    with suppress(OSError, AttributeError, TypeError):            # as on Windows
         for parameter in (-3, -1):                                # M_MMAP_THRESHOLD, M_TRIM_...
             ctypes.CDLL(None).mallopt(parameter, 2**31 - 1)
 
 
 @contextmanager
 def stop_signals():
-    """A list that gains the first SIGINT or SIGTERM; a second one does what it always does."""
+    """A list that gains the first signal to stop; a second one does what it always does.
+
+    Outside of the main thread none is received.
+    """
     received, before = [], {}
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
 
     def restore():
         for number, handler in before.items():
@@ -278,8 +305,10 @@ def stop_signals():
         received.append(number)
         restore()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, receive)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):       # a closed terminal, Slurm
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) != signal.SIG_IGN:
+            before[number] = signal.signal(number, receive)
     try:
         yield received
     finally:

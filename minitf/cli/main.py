@@ -28,8 +28,10 @@ def main(arguments=None):
     flags = vars(parser.parse_args(arguments))                    # those given, no others
     modes = {name: flags.pop(name) for name in MODES}
     processes = [flags.pop(name) for name in PROCESSES]
+    prepare_streams()
     try:
         start_processes(*processes)
+        start_backend()
         if modes["compilation_cache"]:
             keep_compiled_programs()
         mesh = modes["mesh"]
@@ -59,7 +61,7 @@ def main(arguments=None):
         parser.error(str(error))
     except BrokenPipeError:                                       # nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0 if modes["sample"] else 128 + signal.SIGPIPE)
+        sys.exit(0 if modes["sample"] else 141)                   # 128 + SIGPIPE
     except OSError as error:
         parser.error(f"{error.filename or 'cannot write'}: {error.strerror}")
     except (MemoryError, RuntimeError) as error:
@@ -70,6 +72,24 @@ def main(arguments=None):
                      "keeps less; a smaller --batch, --length or --width may help")
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+
+
+def prepare_streams():
+    """What a stream cannot print, or one that is closed, decides nothing."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, ValueError):                # a notebook's has no such thing
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
+def start_backend():
+    """ValueError where JAX has no device to compute on."""
+    jax.config.update("jax_enable_x64", False)                    # states are float32
+    try:
+        hardware()
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).splitlines() or ["see JAX_PLATFORMS"])[0]
+        raise ValueError(f"no device to compute on: {reason}") from None
 
 
 def start_processes(coordinator, process_id, processes):

@@ -69,7 +69,7 @@ class Progress:
 
     def __init__(self, training, length):
         self.steps, self.tokens, self.width = training.steps, training.batch * length, 0
-        self.terminal = sys.stdout.isatty()
+        self.terminal = getattr(sys.stdout, "isatty", bool)()
         self.every = 1 if self.terminal else max(training.steps // 20, 1)
         self.seconds, self.compiled = None, False          # of a step, smoothed
         self.rest()

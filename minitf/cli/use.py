@@ -1,6 +1,5 @@
 """A run's corpus, and what one does with a trained model: draw text, measure a text's loss."""
 import math
-import sys
 from itertools import chain
 
 from ..config import resolve
@@ -25,7 +24,6 @@ def sample(folder, sampling, mesh=None):
         raise ValueError("prompt is not UTF-8 text") from None
     saved = checkpoint.newest(folder)[0]
     prompt = saved.encoding.encode(sampling.prompt, disallowed_special=())
-    sys.stdout.reconfigure(encoding="utf-8")
     with sharding.use(mesh, saved.settings):
         show_sample(checkpoint.model_of(saved), prompt, sampling)
 

@@ -4,7 +4,7 @@ import numpy as np
 from ..training.train import largest_gradient
 
 GRADIENT, SQUARE = 100.0, 1000.0              # times its early level
-HELPS = ("what helps: a smaller --learning-rate; in a new run more --weight-decay, and of all "
+HELPS = ("what helps, in a new run: a smaller --learning-rate, more --weight-decay, and of all "
          "matrices (--decay-groups qk,vo,mlp). Each block: python run.py --inspect {}")
 
 
@@ -16,11 +16,23 @@ class Watch:
     """
 
     def __init__(self, warmup, folder):
-        self.first, self.last, self.helps = warmup, warmup + max(warmup, 10), HELPS.format(folder)
-        self.early, self.squares, self.said = [], None, set()
+        self.first, self.last, self.folder = warmup, warmup + max(warmup, 10), folder
+        self.early, self.squares, self.said, self.losses = [], None, set(), {}
+
+    @property
+    def best(self):
+        """The step with the least validation loss so far; None before there is one."""
+        return min(self.losses, key=self.losses.get, default=None)
+
+    def help(self):
+        """What helps, and what is left of the run from before."""
+        kept = f"the best checkpoint, of step {self.best}, is kept; " if self.losses else ""
+        return kept + HELPS.format(self.folder)
 
     def recall(self, line):
-        """A line of the metrics of a run that is taken up again."""
+        """A line of the metrics, also of those of a run that is taken up again."""
+        if "val_loss" in line:
+            self.losses[line["step"]] = line["val_loss"]
         if self.first <= line["step"] < self.last and "grad_norm" in line:
             self.early.append(line["grad_norm"])
         if line["step"] == 0 and "mean_square" in line:
@@ -37,7 +49,7 @@ class Watch:
         self.said.add("gradient")
         return (f"warning: the gradient norm is {line['grad_norm']:.3g} at step {line['step']}, "
                 f"{times:.3g} times its early level; the largest gradient is that of "
-                f"{largest_gradient(norms)[0]}; {self.helps}")
+                f"{largest_gradient(norms)[0]}; {self.help()}")
 
     def activations(self, step, squares):
         """What to say after an evaluation, from the mean square behind each block; or None."""
@@ -48,4 +60,4 @@ class Watch:
         self.said.add("activations")
         return (f"warning: the activations' mean square behind block {block + 1} is "
                 f"{squares[block]:.3g} after step {step}, {times[block]:.3g} times that at the "
-                f"start; {self.helps}")
+                f"start; {self.help()}")

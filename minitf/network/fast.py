@@ -158,8 +158,10 @@ def cross_entropy(x, head, targets):
 def cross_entropy_forward(x, head, targets):
     logits, rows = x @ aligned(head), jnp.arange(len(x))
     above = logits.astype(jnp.float32) - logits[rows, targets][:, None].astype(jnp.float32)
-    weights = jnp.exp(jnp.minimum(above, LARGEST))               # the targets' are 1
-    weights = jnp.where(jnp.arange(logits.shape[1]) < head.shape[1], weights, 0.0)
+    columns = jnp.arange(logits.shape[1])
+    weights = jnp.where(columns < head.shape[1], jnp.exp(jnp.minimum(above, LARGEST)), 0.0)
+    # Exactly, though a compiler may round `logits` in one place and not in the other.
+    weights = jnp.where(columns == targets[:, None], 1.0, weights)
     total = weights.sum(-1)
     # total (softmax - one-hot), in the logits' place
     error = weights.astype(x.dtype).at[rows, targets].set((1 - total).astype(x.dtype))

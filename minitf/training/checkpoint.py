@@ -8,10 +8,11 @@ Its entries:
     sha256                      the checksum of all the others
 Nothing in it is ever executed: there is no pickle.
 """
-import fcntl
+import errno
 import hashlib
 import json
 import os
+import sys
 import zipfile
 from dataclasses import asdict
 from functools import partial
@@ -23,6 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 import tiktoken
 
+try:
+    import fcntl
+except ImportError:                       # Windows has no such locks
+    fcntl = None
+
 from ..config import DataConfig, ModelConfig, Settings, TrainingConfig
 from ..errors import require
 from ..network.init import init
@@ -33,6 +39,12 @@ from .optimizer import make_optimizer
 from .train import named_leaves
 
 FORMAT, KEPT = 3, 2                       # of the meta data; how many checkpoints a run keeps
+# What some file systems answer that have no locks, or cannot sync a folder: NFS, Lustre, CIFS.
+UNABLE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF, errno.EINVAL, errno.EACCES)
+
+
+class Damaged(ValueError):
+    """A file that was read, and is not a usable checkpoint."""
 
 
 class Checkpoint(NamedTuple):
@@ -58,11 +70,11 @@ class Model(NamedTuple):
 
 # --- Saving -----------------------------------------------------------------------------
 
-def save(folder, checkpoint):
-    """Writes checkpoint-STEP.npz and removes all but the last two. Of several processes the first.
+def save(folder, checkpoint, best=None):
+    """Writes checkpoint-STEP.npz; removes all but the last two and that of step `best`.
 
-    One array at a time: no host has more of them in memory. ValueError, and nothing written, if
-    anything is not finite or the disk is full.
+    Of several processes the first does it. One array at a time: no host has more of them in memory.
+    ValueError, and nothing written, if anything is not finite or the disk is full.
     """
     step, settings, encoding, digest, params, opt_state = checkpoint
     state = {"params": params, "opt_state": opt_state}
@@ -78,6 +90,7 @@ def save(folder, checkpoint):
         return
     write(Path(folder) / f"checkpoint-{step:08}.npz", partial(write_arrays, arrays=arrays))
     older = [path for path in checkpoints(folder) if number(path) <= step][KEPT:]
+    older = [path for path in older if number(path) != best]
     leftover = Path(folder).glob("checkpoint-*.part")      # of a process that was killed
     for path in [*older, *leftover]:
         path.unlink()
@@ -119,13 +132,16 @@ def write(path, fill):
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
     except OSError as error:
         beside.unlink(missing_ok=True)
         raise ValueError(f"cannot write {path}: {error.strerror}; "
                          "what was saved before is untouched") from None
+    try:
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except OSError as error:
+        require(error.errno in UNABLE, f"cannot write to {path.parent}: {error.strerror}")
 
 
 def rewind(metrics, step):
@@ -149,12 +165,17 @@ def lock(folder):
     """
     try:
         file = open(Path(folder) / "lock", "a")
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return file
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder}: {error.strerror}") from None
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"another run is writing to {folder}") from None
     except OSError as error:
-        raise ValueError(f"cannot write to {folder}: {error.strerror}") from None
+        require(error.errno in UNABLE, f"cannot lock {folder}: {error.strerror}")
+        print(f"note: {folder} has no locks: let no other run write there", file=sys.stderr)
+    return file
 
 
 # --- Loading ----------------------------------------------------------------------------
@@ -182,7 +203,7 @@ def newest(folder):
     for path in checkpoints(folder):
         try:
             return load_checkpoint(path), problems
-        except ValueError as error:
+        except Damaged as error:
             problems.append((path, str(error)))
     require(problems, f"{folder} has no checkpoint")
     raise ValueError(f"{folder} has no usable checkpoint: {problems[0][1]}")
@@ -201,12 +222,20 @@ def number(path):
 
 
 def load_checkpoint(path):
-    """The Checkpoint in a file; ValueError, with one line, unless it is whole."""
+    """The Checkpoint in a file; Damaged, with one line, unless it is whole.
+
+    A ValueError that is not Damaged where the machine failed, not the file.
+    """
     try:
         return restore(read(path))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
+    except MemoryError:
+        raise ValueError(f"{path} cannot be read: out of memory") from None
     except Exception as error:            # whatever zip, npy and JSON readers raise on what is none
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise ValueError(f"{path} is not a usable checkpoint: {' '.join(reason.split())}") from None
+        require("RESOURCE_EXHAUSTED" not in str(error), f"{path} cannot be read: {error}")
+        reason = str(error) or type(error).__name__
+        raise Damaged(f"{path} is not a usable checkpoint: {' '.join(reason.split())}") from None
 
 
 def read(path):

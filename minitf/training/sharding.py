@@ -47,7 +47,7 @@ def first():
 def leave_if_alone(error):
     """Ends this process, of several, with one line: not with a wait for one that is lost."""
     if jax.distributed.is_initialized() and jax.process_count() > 1:
-        print(f"run.py: another process of this run is lost ({str(error).splitlines()[0][:200]}); "
+        print(f"run.py: another process of this run seems lost ({str(error).splitlines()[0][:200]}); "
               "the last checkpoint is whole, --resume goes on from it", file=sys.stderr, flush=True)
         os._exit(2)
 
@@ -88,12 +88,12 @@ def in_use():
     return not get_abstract_mesh().empty
 
 
-def anywhere(flag):
-    """Whether any process says so: a number on the devices, to be read when it is there."""
+def largest(number):
+    """The largest of what the processes say: an array, to be read when it is there."""
     if jax.process_count() == 1:
-        return flag
-    flags = from_rows((jax.device_count(),), BATCH, lambda index: np.full(1, flag, np.int32))
-    return jax.jit(lambda flags: whole(flags.sum()))(flags)
+        return number
+    said = from_rows((jax.device_count(),), BATCH, lambda index: np.full(1, number, np.int32))
+    return jax.jit(lambda said: whole(said.max()))(said)
 
 
 # --- Where arrays are ---------------------------------------------------------------------

@@ -1,0 +1,162 @@
+"""Other platforms and a machine's faults, imitated: what is missing there decides nothing."""
+import ctypes
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from minitf.cli import loop
+from minitf.cli.main import main
+from minitf.training import checkpoint
+
+TINY = "--depth 2 --width 32 --length 32 --steps 3".split()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "run"
+    main([*TINY, "--out", str(folder)])
+    return folder
+
+
+@pytest.fixture
+def copy(trained, tmp_path):
+    """A run's folder, to be spoilt."""
+    for path in trained.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_windows(monkeypatch, tmp_path):
+    """No fcntl, sysconf, C library by None, open folders, SIGPIPE, SIGHUP, SIGUSR1."""
+    real_open, real_library = os.open, ctypes.CDLL
+
+    def library(name, *arguments):
+        if name is None:
+            raise TypeError("bad argument type for built-in operation")
+        return real_library(name, *arguments)
+
+    def open_file(path, *arguments, **others):
+        if isinstance(path, (str, os.PathLike)) and os.path.isdir(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real_open(path, *arguments, **others)
+
+    monkeypatch.setattr(checkpoint, "fcntl", None)
+    monkeypatch.delattr(os, "sysconf")
+    monkeypatch.setattr(ctypes, "CDLL", library)
+    monkeypatch.setattr(os, "open", open_file)
+    for name in ("SIGPIPE", "SIGHUP", "SIGUSR1"):
+        monkeypatch.delattr(signal, name)
+    main([*TINY, "--out", str(tmp_path / "run")])
+    assert "checkpoint-00000003.npz" in names(tmp_path / "run")
+
+
+def test_the_command_line_is_imported_without_fcntl():
+    code = "import sys; sys.modules['fcntl'] = None; import minitf.cli.main"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_file_systems_without_locks_and_without_sync_of_folders(monkeypatch, tmp_path, capsys):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    def fsync(file):
+        if os.path.isdir(f"/proc/self/fd/{file}"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(checkpoint.fcntl, "flock", flock)
+    monkeypatch.setattr(os, "fsync", fsync)
+    main([*TINY, "--out", str(tmp_path / "run")])
+    assert "has no locks" in capsys.readouterr().err
+    assert "checkpoint-00000003.npz" in names(tmp_path / "run")
+
+
+@pytest.mark.parametrize("fault", [
+    OSError(errno.EIO, "Input/output error"), MemoryError(),
+    RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1024 bytes")])
+def test_a_machine_that_fails_is_no_damaged_checkpoint(copy, monkeypatch, capsys, fault):
+    """The newest cannot be read for now: one line, status 2, and nothing is touched."""
+    before = names(copy)
+
+    def fail(*_, **__):
+        raise fault
+
+    monkeypatch.setattr(zipfile.ZipFile, "__init__", fail)
+    with pytest.raises(SystemExit) as end:
+        main(["--resume", str(copy), "--steps", "5"])
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1 and "cannot be read" in said
+    assert names(copy) == before
+
+
+def test_no_device(capsys):
+    done = subprocess.run([sys.executable, "run.py"], capture_output=True, text=True,
+                          cwd=Path(__file__).parents[1], env=dict(os.environ, JAX_PLATFORMS="cuda"))
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("run.py: no device")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_thread_of_its_own_trains_without_signals(tmp_path):
+    errors = []
+
+    def train():
+        try:
+            main([*TINY, "--out", str(tmp_path / "run")])
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    thread.join()
+    assert not errors and "checkpoint-00000003.npz" in names(tmp_path / "run")
+
+
+def test_a_stream_that_cannot_print_decides_nothing(monkeypatch, tmp_path):
+    """Closed, or of few characters, or one that cannot be told otherwise."""
+    class Stream:
+        def write(self, text):
+            pass
+
+        def flush(self):
+            pass
+
+    ascii_only = open(tmp_path / "said", "w", encoding="ascii")
+    for number, stream in enumerate((None, ascii_only, Stream())):
+        monkeypatch.setattr(sys, "stdout", stream)
+        main([*TINY, "--out", str(tmp_path / f"é{number}")])
+        assert "checkpoint-00000003.npz" in names(tmp_path / f"é{number}")
+
+
+def test_a_folder_whose_run_never_began_can_be_used(copy, capsys):
+    """It has no checkpoint: --out takes it, --resume says so and leaves any folder as it is."""
+    for path in copy.glob("checkpoint-*"):
+        path.unlink()
+    (copy / "lock").unlink()
+    before = names(copy)
+    with pytest.raises(SystemExit):
+        main(["--resume", str(copy)])
+    assert "has no checkpoint" in capsys.readouterr().err and names(copy) == before
+    main([*TINY, "--out", str(copy)])
+    steps = (copy / "metrics.jsonl").read_text().count('"grad_norm"')
+    assert steps == 3
+
+
+def test_a_long_run_is_saved_by_the_clock(monkeypatch, tmp_path):
+    """Here after each step; metrics stay whole and the newest two and the best are kept."""
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0)
+    saved = []
+    real = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda folder, state, best=None:
+                        saved.append(state.step) or real(folder, state, best))
+    main([*TINY, "--steps", "6", "--save-every", "6", "--out", str(tmp_path / "run")])
+    assert saved == [0, 2, 3, 4, 5, 6]             # what the clock says is heard a step later
