@@ -1,18 +1,23 @@
 """Turns text of any size into tokens, once: python data/prepare.py --out DIR FILES...
 
-Reads WikiText (wiki.train.tokens: an article a document), JSON lines (C4's *.json.gz: a line a
-document) and plain text (a file a document); FILES are files, folders or globs. Drops exact
-duplicates, ends every document with the end-of-text token and writes DIR for run.py --data:
-tokens.bin (raw, little-endian, to be memory-mapped; validation documents last), tables.npz (the
-encoding; how often each token is in either part) and manifest.json.
+Reads WikiText (wiki.train.tokens: an article a document), JSON lines (*.json, *.jsonl, *.ndjson: a
+line a document), Parquet (a row a document) and plain text (a file a document), all of them also
+as .gz, .bz2, .xz or .zst; FILES are files, folders or globs. Drops exact duplicates, ends every
+document with the end-of-text token and writes DIR for run.py --data: tokens.bin (raw,
+little-endian, to be memory-mapped; validation documents last), tables.npz (the encoding; how often
+each token is in either part) and manifest.json.
 
 DIR appears when it is whole. Memory does not grow with the corpus, nor do the bytes depend on the
 number of processes.
 """
 import argparse
+import bz2
+import codecs
 import gzip
 import hashlib
+import io
 import json
+import lzma
 import multiprocessing
 import os
 import re
@@ -41,7 +46,8 @@ from minitf.training import checkpoint, data, encoding as encodings        # noq
 PIECE = 2**20    # bytes of text that tiktoken gets at once: the longer a word, the slower each byte
 LINE = 2**26     # bytes of a line of JSON, which must be in memory as a whole
 BLOCK = 2**21    # tokens, or documents, in memory at once while duplicates are dropped
-JSON_LINES = (".json.gz", ".jsonl.gz", ".jsonl")
+JSON_LINES = (".json", ".jsonl", ".ndjson")
+POINTER = b"version https://git-lfs.github.com/spec/"                    # of Git LFS, not the file
 WIKITEXT = re.compile(r"wiki\..*\.(tokens|raw)")
 # Of an article; those of sections have " = = ".
 HEADING = re.compile(rb" = (?!= )[^\n]*(?<! =) = \r?\n")
@@ -62,7 +68,11 @@ def main(arguments=None):
                         help="read only such files of folders")
     parser.add_argument("--validation-share", type=float, default=0.01, metavar="SHARE",
                         help="of the documents (default: 0.01)")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), metavar="N",
+    parser.add_argument("--text-key", default="text", metavar="NAME",
+                        help="where JSON lines and Parquet have the text (default: text)")
+    parser.add_argument("--skip-damaged", action="store_true",
+                        help="go on after a file that is not whole, with what is before that")
+    parser.add_argument("--processes", type=int, default=cores(), metavar="N",
                         help="default: one a core")
     flags = parser.parse_args(arguments)
     try:
@@ -80,7 +90,13 @@ def main(arguments=None):
         sys.exit(128 + signal.SIGINT)
 
 
-def prepare(files, out, encoding, suffix="", validation_share=0.01, processes=1):
+def cores():
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def prepare(files, out, encoding, suffix="", validation_share=0.01, processes=1, text_key="text",
+            skip_damaged=False):
     """Writes the folder `out`, whole; ValueError or OSError, and no folder, where it cannot."""
     require(0 <= validation_share < 1,
             f"validation-share must be at least 0 and below 1, not {validation_share}")
@@ -96,9 +112,11 @@ def prepare(files, out, encoding, suffix="", validation_share=0.01, processes=1)
     try:
         for leftover in set(beside.iterdir()) - {beside / "lock"}:   # of a process that was killed
             leftover.unlink()
-        with workers(encoding, processes, lock) as encode:
-            encoded = encode(tasks(pieces(sources)))
+        damaged = [] if skip_damaged else None
+        with workers(encoding, text_key, processes, lock) as encode:
+            encoded = encode(tasks(pieces(sources, text_key, damaged)))
             skipped = write_documents(beside, encoded, validation_share, progress(sum(sizes)))
+        skipped |= {"damaged files": len(damaged)} if damaged else {}
         manifest = write_corpus(beside, encoding)
         manifest |= {"skipped": skipped, "validation_share": validation_share, "sources": [
             {"name": name, "files": len(paths), "bytes": size}
@@ -159,36 +177,100 @@ class Piece(NamedTuple):
     read: int
 
 
-def pieces(sources):
-    """Yields the pieces of all files, in order."""
+class Damaged(ValueError):
+    """A file that is not whole."""
+
+
+def pieces(sources, text_key, damaged=None):
+    """Yields the pieces of all files, in order.
+
+    damaged: a list that gains the files that are not whole; None: the first of them ends all.
+    """
     before = 0
     for _, is_folder, paths in sources:
         for path in map(Path, paths):
             with open(path, "rb") as file:
-                first, is_json = True, path.name.endswith(JSON_LINES)
+                require(not file.peek(64).startswith(POINTER),
+                        f"{path} is a Git LFS pointer, not the file: git lfs pull")
+                first, is_json = True, unpacked(path).suffix.lower() in JSON_LINES
                 position = file.tell if file.seekable() else int     # of a pipe it is not known
-                for number, (raw, last) in enumerate(split_file(path, file), 1):
-                    yield Piece(raw, is_json, first, last, path, is_folder, number,
-                                before + position())
-                    first = last
+                try:
+                    for number, (raw, last) in enumerate(split_file(path, file, text_key), 1):
+                        yield Piece(raw, is_json, first, last, path, is_folder, number,
+                                    before + position())
+                        first = last
+                except Damaged as error:
+                    if damaged is None:
+                        raise
+                    damaged.append(str(error))
+                    if not first:                      # NUL: the document that was begun is no text
+                        yield Piece(b"\0", False, False, True, path, True, 0, before + position())
                 before += position()
 
 
-def split_file(path, file):
+def zst_open(file):
+    """ValueError where there is no reader of it: Python has one from 3.14 on."""
+    try:
+        import zstandard
+    except ImportError:
+        raise ValueError("a .zst file needs zstandard: pip install zstandard") from None
+    return zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True,
+                                                      closefd=False)
+
+
+OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": zst_open}
+
+
+def unpacked(path):
+    """Its name without the suffix of a compression."""
+    return path.with_suffix("") if path.suffix.lower() in OPENERS else path
+
+
+def split_file(path, file, text_key):
     """Yields (bytes, does a document end with them) of an open file."""
-    if path.name.endswith(JSON_LINES):
-        lines = gzip.open(file) if path.name.endswith(".gz") else file
-        try:
-            for number, line in enumerate(iter(lambda: lines.readline(LINE), b""), 1):
-                require(len(line) < LINE, f"line {number} of {path} is longer than {LINE:,} bytes")
-                yield line, True
-        except (EOFError, zlib.error, gzip.BadGzipFile):
-            raise ValueError(f"{path} is damaged: it is not a whole gzip file") from None
-    elif WIKITEXT.fullmatch(path.name):
+    opener = OPENERS.get(path.suffix.lower())
+    try:
+        content = io.BufferedReader(opener(file)) if opener else file
+        yield from split(path, unpacked(path), content, text_key)
+    except (EOFError, zlib.error, lzma.LZMAError) as error:
+        raise Damaged(f"{path} is damaged: {error}") from None
+    except OSError as error:
+        if error.errno is not None:                    # the machine's trouble, not the file's
+            raise
+        raise Damaged(f"{path} is damaged: {error}") from None
+    except Exception as error:                         # zstandard's and pyarrow's own
+        if type(error).__module__.partition(".")[0] not in ("zstandard", "zstd", "pyarrow"):
+            raise
+        raise Damaged(f"{path} is damaged: {error}") from None
+
+
+def split(path, name, file, text_key):
+    """As split_file, of what is not compressed: a file of this name."""
+    if name.suffix.lower() in JSON_LINES:
+        for number, line in enumerate(iter(lambda: file.readline(LINE), b""), 1):
+            require(len(line) < LINE, f"line {number} of {path} is longer than {LINE:,} bytes")
+            yield line, True
+    elif name.suffix.lower() == ".parquet":
+        for text in parquet_column(path, file, text_key):
+            yield from cut([text.encode()])
+    elif WIKITEXT.fullmatch(name.name):
         for _, lines in groupby(articles(file), key=lambda pair: pair[0]):
             yield from cut(line for _, line in lines)
     else:
         yield from cut(iter(lambda: file.read(PIECE), b""))
+
+
+def parquet_column(path, file, name):
+    """Yields the texts of a column."""
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise ValueError("a .parquet file needs pyarrow: pip install -e '.[corpora]'") from None
+    table = parquet.ParquetFile(file)
+    require(name in table.schema_arrow.names, f"{path} has no column {name}: it has "
+            f"{', '.join(table.schema_arrow.names)}; --text-key names another")
+    for rows in table.iter_batches(1024, columns=[name]):
+        yield from (text for text in rows.column(0).to_pylist() if isinstance(text, str))
 
 
 def articles(file):
@@ -243,15 +325,18 @@ def tasks(stream):
 # --- Encoding, in processes of its own ---------------------------------------------------
 
 @contextmanager
-def workers(encoding, processes, lock):
+def workers(encoding, text_key, processes, lock):
     """A function of tasks: yields (task, what encode_task makes of it).
 
     In their order, with a few under way at a time.
     """
-    global ENCODING                                          # forked processes have it without ado
-    ENCODING, pipe = encoding, os.pipe()
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), start_worker,
-                               (lock, *pipe))
+    global ENCODING, TEXT_KEY                                # forked processes have it without ado
+    ENCODING, TEXT_KEY, pipe = encoding, text_key, os.pipe()
+    try:
+        forking = multiprocessing.get_context("fork")
+    except ValueError:                                       # Windows has none
+        forking, processes = None, 1
+    pool = ProcessPoolExecutor(processes, forking, start_worker, (lock, *pipe))
 
     def encode(stream):
         waiting = deque()
@@ -295,6 +380,7 @@ def encode_task(task):
     for which, (raw, is_json, first, last) in enumerate(task):
         parts = []
         try:
+            raw = raw.removeprefix(codecs.BOM_UTF8) if first else raw
             parts = texts(raw, is_json, blank=first and last)
         except ValueError as error:
             problems[which] = str(error)
@@ -316,14 +402,14 @@ def texts(raw, is_json, blank):
     """
     try:
         if is_json and raw.strip():
-            text = json.loads(raw)["text"]             # JSON can escape what UTF-8 has no place for
+            text = json.loads(raw)[TEXT_KEY]           # JSON can escape what UTF-8 has no place for
             raw = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
         require(is_json or b"\0" not in raw, "is not text: it has NUL characters")
         return [] if blank and not raw.strip() else [part.decode() for part, _ in cut([raw])]
     except UnicodeDecodeError:
         raise ValueError("is not UTF-8 text") from None
     except (json.JSONDecodeError, TypeError, KeyError, AttributeError, RecursionError):
-        raise ValueError('is not a JSON object with a "text"') from None
+        raise ValueError(f'is not a JSON object with a "{TEXT_KEY}"') from None
 
 
 def combine(digests):

@@ -200,11 +200,11 @@ def report():
     for name, group in tuning.items():
         print(f"- {name}: " + "; ".join(f"{rates(each)}: {loss(each)}" for each in group))
     draw([record for record in sorted(records, key=order, reverse=True)
-          if record["flags"]["width"] == SHAPE["width"] and record["seed"] == 0])
+          if record["flags"]["width"] == SHAPE["width"]])
 
 
 def draw(records):
-    """A panel for each length: training losses of each network's last record, the best."""
+    """A panel for each length: training losses of each network's last record, its best seed's."""
     lengths = sorted({record["flags"]["steps"] for record in records} & {300, 1200, 6000})
     picture, panels = figure((6 * len(lengths), 5.5), 1, len(lengths), squeeze=False)
     for axes, steps in zip(panels[0], lengths):

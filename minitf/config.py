@@ -187,6 +187,12 @@ class Sampling(Checked):
 
 FIELDS = (*fields(ModelConfig), *fields(TrainingConfig), *fields(DataConfig))
 
+# Of what neither a flag nor the preset says.
+DEFAULTS = dict(depth=36, width=64, heads=4, length=64, rho=0.8, eta=0.9, zeta=1.5, tau=0.3,
+                position="rope", row_scale="unit", identity_skip=False, remat=False,
+                steps=400, batch=16, accumulate=1, seed=0, weight_decay=0.0, orthogonal_pull=0.0,
+                pull_groups="vo,mlp", data=None, val_data=None, encoding=None)
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -221,66 +227,29 @@ def resolve(preset="isometric", collision_rate=0.0, backend="cpu", **flags):
     known = {each.name: each for each in FIELDS}
     for name, value in flags.items():
         check(look_up(known, name, "setting"), value)
-    chosen = {**carried, **flags}
-    take = chosen.get
-
-    heads, length = take("heads", 4), take("length", 64)
-    row_scale = take("row_scale", "unit")
-    gamma = take("gamma", gammas_by_length(heads, length, row_scale))
-    gamma = tuple(gamma) if isinstance(gamma, (tuple, list)) else (gamma,)
     if "alpha" in flags and "beta" not in flags:
         require(flags["alpha"] < 1,
                 f"alpha must be below 1 when beta is left to it, not {flags['alpha']:g}")
-        chosen["beta"] = sqrt(1 - flags["alpha"]**2)
-    collision_rate = take("token_collision_rate", collision_rate)
-    model = ModelConfig(
-        depth=take("depth", 36),
-        width=take("width", 64),
-        heads=heads,
-        length=length,
-        attn=chosen["attn"],
-        gamma=gamma * heads if len(gamma) == 1 else gamma,
-        rho=take("rho", 0.8),
-        rho_first=take("rho_first", min(collision_rate, 0.999)),
-        act=chosen["act"],
-        transform=chosen["transform"],
-        eta=take("eta", 0.9),
-        zeta=take("zeta", 1.5),
-        tau=take("tau", 0.3),
-        alpha=chosen["alpha"],
-        beta=chosen["beta"],
-        norm=chosen["norm"],
-        position=take("position", "rope"),
-        row_scale=row_scale,
-        identity_skip=take("identity_skip", False),
-        init=chosen["init"],
-        mlp_init=chosen["mlp_init"],
-        head_init=chosen["head_init"],
-        token_collision_rate=collision_rate,
-        dtype=take("dtype", "bfloat16" if backend in ("gpu", "tpu") else "float32"),
-        remat=take("remat", False))
+        carried = carried | dict(beta=sqrt(1 - flags["alpha"]**2))
+    values = DEFAULTS | carried | flags
 
-    steps, optimizer = take("steps", 400), chosen["optimizer"]
-    rates = scaled(look_up(carried["rates"], optimizer, "optimizer"), model.width, model.depth,
-                   carried.get("depth_power", 0.0))
-    training = TrainingConfig(
-        steps=steps,
-        batch=take("batch", 16),
-        accumulate=take("accumulate", 1),
-        seed=take("seed", 0),
-        optimizer=optimizer,
-        learning_rate=take("learning_rate", rates.learning_rate),
-        warmup=take("warmup", steps // 20),
-        save_every=take("save_every", max(steps // 5, 1)),
-        lr_mult_embed=take("lr_mult_embed", rates.embed),
-        lr_mult_qk=take("lr_mult_qk", rates.qk),
-        lr_mult_vo=take("lr_mult_vo", rates.vo),
-        weight_decay=take("weight_decay", 0.0),
-        decay_groups=take("decay_groups", rates.decay_groups),
-        orthogonal_pull=take("orthogonal_pull", 0.0),
-        pull_groups=take("pull_groups", "vo,mlp"))
-    data = DataConfig(
-        data=take("data", None),
-        val_data=take("val_data", None),
-        encoding=take("encoding", None))
-    return Settings(preset, flags, model, training, data)
+    # What follows from all that, where it is not chosen.
+    rates = scaled(look_up(carried["rates"], values["optimizer"], "optimizer"), values["width"],
+                   values["depth"], carried.get("depth_power", 0.0))
+    values = dict(
+        gamma=gammas_by_length(values["heads"], values["length"], values["row_scale"]),
+        token_collision_rate=collision_rate,
+        dtype="bfloat16" if backend in ("gpu", "tpu") else "float32",
+        learning_rate=rates.learning_rate,
+        lr_mult_embed=rates.embed,
+        lr_mult_qk=rates.qk,
+        lr_mult_vo=rates.vo,
+        decay_groups=rates.decay_groups,
+        warmup=values["steps"] // 20,
+        save_every=max(values["steps"] // 5, 1)) | values
+    values.setdefault("rho_first", min(values["token_collision_rate"], 0.999))
+    gamma = values["gamma"] if isinstance(values["gamma"], (tuple, list)) else (values["gamma"],)
+    values["gamma"] = tuple(gamma) * (values["heads"] if len(gamma) == 1 else 1)
+    parts = [part(**{each.name: values[each.name] for each in fields(part)})
+             for part in (ModelConfig, TrainingConfig, DataConfig)]
+    return Settings(preset, flags, *parts)

@@ -19,11 +19,11 @@ class Rates(NamedTuple):
 PRESETS = {
     # The paper's architecture, with other constants, initialisation and optimisation: the default.
     "isometric": dict(
-        attn="espa", alpha=0.0, beta=1.0, norm="none", act="relu", transform="none",
+        attn="espa", alpha=0.0, beta=1.0, norm="none", act="gelu", transform="none",
         init="orthogonal", mlp_init="looks_linear", head_init="zero",
-        optimizer="muon", orthogonal_pull=0.2, pull_groups="vo,mlp", weight_decay=0.1,
-        rates=dict(muon=Rates(6e-4, 64.0, 16.0, 0.5, "qk"),
-                   adamw=Rates(1.5e-4, 256.0, 16.0, 0.5)),     # with "qk" it diverges, in long runs
+        optimizer="muon", orthogonal_pull=0.2, pull_groups="mlp", weight_decay=0.1,
+        rates=dict(muon=Rates(6e-4, 64.0, 16.0, 0.5, "qk,vo"),
+                   adamw=Rates(1.5e-4, 256.0, 16.0, 0.5)),
         depth_power=0.5),
     # He et al. (ICLR 2023). Not known to us: their positions, head, schedule, batch, width, weight
     # decay and rates. 16 for embeddings and head is the best of a few multiples that we tried.

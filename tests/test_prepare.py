@@ -2,9 +2,11 @@
 
 What is half done or damaged is never believed.
 """
+import bz2
 import gzip
 import importlib.util
 import json
+import lzma
 import os
 import random
 import resource
@@ -387,3 +389,95 @@ def test_large_vocabularies_are_rounded_up_and_spare_tokens_never_drawn():
     assert encodings.vocabulary(large) == len(known) == 2432 and known.sum() == 2305
     arrays, names = encodings.pack_encoding(large)
     assert encodings.unpack_encoding(arrays, names)._mergeable_ranks == ranks
+
+
+# --- Formats -----------------------------------------------------------------------------
+
+TEXTS = ["To be", "or not", "to be, that", "is é🎭"]
+COMPRESS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+@pytest.mark.parametrize("name, content", [
+    ("a.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)),
+    ("a.JSON", "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)),
+    ("a.ndjson", "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)),
+    ("a.txt", "\ufeff" + "\r\n".join(TEXTS))])
+def test_compressed_files(tmp_path, name, content, suffix):
+    """A byte order mark is dropped, line ends are kept."""
+    (tmp_path / (name + suffix)).write_bytes(COMPRESS[suffix](content.encode()))
+    expected = ["\r\n".join(TEXTS)] if name == "a.txt" else TEXTS
+    assert documents(make(tmp_path, tmp_path / (name + suffix))) == expected
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz"])
+def test_a_damaged_file_ends_it_or_is_skipped_and_counted(tmp_path, suffix):
+    """With the lines before the damage; a text that is begun is no text."""
+    texts = [f"{number} {random.Random(number).random()}" for number in range(4_000)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    packed = COMPRESS[suffix](lines)
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(packed[:len(packed) // 2])
+    (tmp_path / f"b.txt{suffix}").write_bytes(COMPRESS[suffix](2 * lines)[:len(packed) // 2])
+    (tmp_path / "c.txt").write_text("whole")
+    names = [tmp_path / f"a.jsonl{suffix}", tmp_path / f"b.txt{suffix}", tmp_path / "c.txt"]
+    with pytest.raises(ValueError, match="a.jsonl.* is damaged"):
+        make(tmp_path, *names)
+    folder = make(tmp_path, *names, skip_damaged=True)
+    found = documents(folder)
+    assert found[-1] == "whole" and found[:-1] == texts[:len(found) - 1]
+    skipped = json.loads((folder / "manifest.json").read_text())["skipped"]
+    assert skipped["damaged files"] == 2
+
+
+def test_what_is_no_text_is_named(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"text": "a"}]))
+    with pytest.raises(ValueError, match="line 1 of .*a.json is not a JSON object with a .text"):
+        make(tmp_path, tmp_path / "a.json")
+    (tmp_path / "b.json").write_text(json.dumps({"body": "a b c"}))
+    assert documents(make(tmp_path, tmp_path / "b.json", text_key="body")) == ["a b c"]
+    (tmp_path / "c.txt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(ValueError, match="git lfs pull"):
+        make(tmp_path, tmp_path / "c.txt")
+
+
+def test_parquet(tmp_path):
+    pytest.importorskip("pyarrow")
+    import pyarrow
+    from pyarrow import parquet
+    parquet.write_table(pyarrow.table({"text": [*TEXTS, None], "id": range(5)}),
+                        tmp_path / "a.parquet", row_group_size=2)
+    assert documents(make(tmp_path, tmp_path / "a.parquet")) == TEXTS
+    with pytest.raises(ValueError, match="no column body: it has text, id"):
+        make(tmp_path, tmp_path / "a.parquet", text_key="body")
+    (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-20])
+    with pytest.raises(ValueError, match="damaged"):
+        make(tmp_path, tmp_path / "b.parquet")
+
+
+def test_zst(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    (tmp_path / "a.txt.zst").write_bytes(zstandard.compress(b"To be"))
+    assert documents(make(tmp_path, tmp_path / "a.txt.zst")) == ["To be"]
+
+
+# --- train_bpe.py ------------------------------------------------------------------------
+
+def test_an_encoding_of_any_text(tmp_path, capsys):
+    """The shipped one begins with what fewer tokens give; a text comes back; wrong ones refused."""
+    spec = importlib.util.spec_from_file_location("train_bpe", ROOT / "data/train_bpe.py")
+    train_bpe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(train_bpe)
+    text, out = str(ROOT / "data/shakespeare.txt"), tmp_path / "ranks"
+    train_bpe.main(["--out", str(out), "--size", "266", "--share", "0.9", text])
+    assert data.RANKS.read_bytes().startswith(out.read_bytes())
+    encoding = encodings.load_encoding(str(out))
+    assert encoding.n_vocab == 266 and encoding.decode(encoding.encode("é🎭 the")) == "é🎭 the"
+    (tmp_path / "latin").write_bytes(b"\xe9")
+    for arguments, said in [([text], "exists"), ([str(tmp_path / "latin")], "UTF-8"),
+                            ([str(tmp_path / "none")], "no text"), ([text, "--size", "9"], "size")]:
+        target = out if said == "exists" else tmp_path / "new"
+        with pytest.raises(SystemExit) as end:
+            train_bpe.main(["--out", str(target), *arguments])
+        errors = capsys.readouterr().err
+        assert end.value.code == 2 and said in errors and errors.count("\n") == 1
+        assert not (tmp_path / "new").exists()

@@ -59,7 +59,7 @@ def test_the_paper_is_meant_literally():
 
 
 @pytest.mark.parametrize("preset, said", {
-    "isometric": dict(attn="espa", alpha=0.0, beta=1.0, norm="none", act="relu", transform="none",
+    "isometric": dict(attn="espa", alpha=0.0, beta=1.0, norm="none", act="gelu", transform="none",
                       mlp_init="looks_linear", row_scale="unit", identity_skip=False),
     "normless": dict(attn="espa", alpha=0.98, norm="none", act="relu", mlp_init="orthogonal"),
     "identity-skip": dict(attn="espa", alpha=0.0, identity_skip=True, mlp_init="looks_linear"),
@@ -221,7 +221,7 @@ def test_the_main_job_is_the_default(settings_of):
     assert (plain.model, plain.training, plain.data) == (named.model, named.training, named.data)
     assert plain.preset == named.preset == "isometric"
     assert plain.flags == {} and named.flags == dict(depth=36, attn="espa")
-    assert settings_of("--act gelu")[1].startswith("note: the learning rates of preset isometric")
+    assert settings_of("--act relu")[1].startswith("note: the learning rates of preset isometric")
 
 
 def test_a_target_out_of_reach_is_replaced_and_nothing_else(settings_of):

@@ -76,10 +76,11 @@ def main(arguments=None):
 
 def prepare_streams():
     """What a stream cannot print, or one that is closed, decides nothing."""
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")
         with suppress(AttributeError, ValueError):                # a notebook's has no such thing
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+        setattr(sys, name, stream)
 
 
 def start_backend():

@@ -16,7 +16,7 @@ def describe(settings, params, corpus, out):
     lines = {
         "preset": f"{settings.preset}; {out}",
         "model": f"{model.depth} blocks, width {model.width}, {model.heads} heads, "
-                 f"{describe_skips(model)}, {describe_norms(model)}, "
+                 f"{describe_skips(model)}, {model.norm.replace('none', 'no')} norms, "
                  f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters",
         "attention": describe_attention(model),
         "MLP": f"{describe_activation(network_activation(model))}, transform {model.transform}, "
@@ -44,10 +44,6 @@ def describe_skips(model):
         c = identity_parts(model)[0]
         return f"a skip of {c.min():.2f} to {c.max():.2f} around attention"
     return "no skips" if model.alpha == 0 else f"skips {model.alpha:.3g} + {model.beta:.3g}"
-
-
-def describe_norms(model):
-    return "no norms" if model.norm == "none" else f"{model.norm} norms"
 
 
 def describe_attention(model):

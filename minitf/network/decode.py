@@ -34,8 +34,7 @@ def decode(params, layers, cache, tokens, start, config):
     x = model.embed(params, tokens, config, start)                                     # (S, d)
     constants = of_positions(constants, start, len(tokens))
     step = lambda carry, layer: (block(*carry, *layer, start, config), None)
-    (x, cache), _ = jax.lax.scan(
-        step, (x, cache), (weights, constants, jnp.arange(config.depth)))
+    (x, cache), _ = jax.lax.scan(step, (x, cache), (weights, constants, jnp.arange(config.depth)))
     x = REFERENCE.normalise(x, params.get("norm"), config)
     return model.unembed(params, x).astype(jnp.float32), cache
 

@@ -165,9 +165,8 @@ def dks(name, psi):
 
 def tat_smooth(name, curvature):
     """Q(1) = 1, Q'(1) = 1, C'(1) = 1, C''(1) = curvature, of one layer: they add along depth."""
-    found = [meet(name, partial(tat_conditions, sign=sign), curvature)
-             for sign in (1, -1)]
-    return smallest_shift(found)
+    attempt = lambda sign: meet(name, partial(tat_conditions, sign=sign), curvature)
+    return smallest_shift(map(attempt, (1, -1)))
 
 
 def attain(name, target, low, attempt):

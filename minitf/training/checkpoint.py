@@ -260,8 +260,7 @@ def restore(arrays):
             f"its format is {meta['format']!r}, this version of minitf reads {FORMAT}")
     require(type(meta["step"]) is int and meta["step"] >= 0, f"its step is {meta['step']!r}")
     settings, encoding = restore_settings(meta["settings"]), unpack_encoding(arrays, meta)
-    params = jax.eval_shape(
-        lambda: init(jax.random.key(0), settings.model, vocabulary(encoding)))
+    params = jax.eval_shape(lambda: init(jax.random.key(0), settings.model, vocabulary(encoding)))
     opt_state = jax.eval_shape(make_optimizer(settings.training.optimizer).init, params)
     template = {"params": params, "opt_state": opt_state}
     for name, leaf in named_leaves(template):

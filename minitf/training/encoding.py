@@ -2,6 +2,7 @@
 import base64
 import binascii
 import glob
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,17 +34,21 @@ def find_files(names):
 
 
 def read_text(path):
-    """The file's text; ValueError where it cannot be read or is not UTF-8 text."""
+    """The file's text, without a byte order mark; ValueError where there is no UTF-8 text.
+
+    It is opened once, as a pipe can be, and read no further than to the first NUL.
+    """
+    pieces = []
     try:
-        with open(path, "rb") as file:                # zeros of any size are not read at all
-            require(b"\0" not in file.read(2**16), f"{path} is not text: it has NUL characters")
-        text = Path(path).read_text(encoding="utf-8")
+        with open(path, "rb") as file:
+            for piece in iter(partial(file.read, 2**20), b""):
+                require(b"\0" not in piece, f"{path} is not text: it has NUL characters")
+                pieces.append(piece)
+        return b"".join(pieces).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8 text") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    require("\0" not in text, f"{path} is not text: it has NUL characters")
-    return text
 
 
 # --- Encodings ----------------------------------------------------------------------------

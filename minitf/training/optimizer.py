@@ -74,12 +74,7 @@ def muon(dtype):
         "other": optax.adam(1.0, b2=0.95, nesterov=True)}, groups)
 
 
-def adam(dtype):
-    """Adam at a rate of 1."""
-    return optax.adam(1.0, b2=0.95)
-
-
-OPTIMIZERS = {"muon": muon, "adamw": adam}
+OPTIMIZERS = {"muon": muon, "adamw": lambda dtype: optax.adam(1.0, b2=0.95)}
 
 
 def orthogonal_updates(dtype):

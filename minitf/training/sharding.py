@@ -47,8 +47,8 @@ def first():
 def leave_if_alone(error):
     """Ends this process, of several, with one line: not with a wait for one that is lost."""
     if jax.distributed.is_initialized() and jax.process_count() > 1:
-        print(f"run.py: another process of this run seems lost ({str(error).splitlines()[0][:200]}); "
-              "the last checkpoint is whole, --resume goes on from it", file=sys.stderr, flush=True)
+        print("run.py: another process of this run seems lost; the last checkpoint is whole, "
+              f"--resume goes on from it ({str(error).splitlines()[0][:200]})", file=sys.stderr)
         os._exit(2)
 
 
