@@ -42,6 +42,7 @@ sys.path.insert(0, str(HERE.parent))
 from minitf.cli.progress import clock                                      # noqa: E402
 from minitf.errors import Parser, require                                  # noqa: E402
 from minitf.training import checkpoint, data, encoding as encodings        # noqa: E402
+from minitf.training.encoding import END                                   # noqa: E402
 
 PIECE = 2**20    # bytes of text that tiktoken gets at once: the longer a word, the slower each byte
 LINE = 2**26     # bytes of a line of JSON, which must be in memory as a whole
@@ -51,7 +52,6 @@ POINTER = b"version https://git-lfs.github.com/spec/"                    # of Gi
 WIKITEXT = re.compile(r"wiki\..*\.(tokens|raw)")
 # Of an article; those of sections have " = = ".
 HEADING = re.compile(rb" = (?!= )[^\n]*(?<! =) = \r?\n")
-END = "<|endoftext|>"
 PARTS = ("train", "validation")
 
 

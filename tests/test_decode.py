@@ -10,7 +10,10 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from minitf import attention_constants, forward, init, resolve
+from minitf.cli import use
+from minitf.config import Sampling
 from minitf.network import decode
+from minitf.training import checkpoint, encoding as encodings
 
 VOCABULARY = 11
 SMALL = dict(depth=2, width=8, heads=2, length=6, act="tanh", transform="none", init="orthogonal",
@@ -102,3 +105,18 @@ def test_an_empty_prompt_is_refused():
     params, constants, config = make()
     with pytest.raises(ValueError, match="prompt"):
         next(decode.sample(params, constants, [], 1, config))
+
+
+def test_the_end_of_text_ends_a_sample_and_begins_one(monkeypatch, capsys):
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    encoding = encodings.make_encoding("bytes", ranks, r"\s|\S", {encodings.END: 256})
+    asked = []
+
+    def sample(params, constants, tokens, *_):
+        asked.append(tokens)
+        yield from [*b"to be", 256, *b"unseen"]
+
+    monkeypatch.setattr(decode, "sample", sample)
+    for prompt, begun, said in ([], [256], "to be"), ([*b"a ", 256], [*b"a ", 256], "a to be"):
+        use.show_sample(checkpoint.Model(None, None, None, encoding), prompt, Sampling())
+        assert asked.pop() == begun and capsys.readouterr().out.strip() == said

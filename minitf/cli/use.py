@@ -1,11 +1,11 @@
 """A run's corpus, and what one does with a trained model: draw text, measure a text's loss."""
 import math
-from itertools import chain
+from itertools import chain, takewhile
 
 from ..config import resolve
 from ..network import decode, fast
 from ..training import checkpoint, data, sharding, train
-from ..training.encoding import byte_lengths, known
+from ..training.encoding import END, byte_lengths, known
 from .progress import stream
 
 
@@ -29,11 +29,17 @@ def sample(folder, sampling, mesh=None):
 
 
 def show_sample(model, prompt, sampling):
-    """Prints the prompt's tokens and those drawn after them, each as soon as it is there."""
+    """Prints the prompt's tokens and those drawn after them, each as soon as it is there.
+
+    The end-of-text token ends it, and begins it where the prompt is empty; it is not printed.
+    """
     config, params, constants, encoding = model
-    drawn = decode.sample(params, constants, prompt, sampling.tokens, config, sampling.seed,
-                          sampling.temperature, sampling.top_k, known(encoding))
-    stream(chain(prompt, drawn), encoding, lambda text: print(text, end="", flush=True))
+    end = encoding._special_tokens.get(END)
+    drawn = decode.sample(params, constants, prompt or [end] * (end is not None), sampling.tokens,
+                          config, sampling.seed, sampling.temperature, sampling.top_k,
+                          known(encoding))
+    shown = chain((token for token in prompt if token != end), takewhile(lambda t: t != end, drawn))
+    stream(shown, encoding, lambda text: print(text, end="", flush=True))
     print(flush=True)
 
 

@@ -13,6 +13,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 from ..errors import require
 
 RANK_FILE_BYTES = 2**26                               # the largest in use has 2**22
+END = "<|endoftext|>"                                 # what ends a document
 
 # --- Text --------------------------------------------------------------------------------
 
