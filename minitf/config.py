@@ -148,7 +148,7 @@ class TrainingConfig(Checked):
     decay_groups: str = flag("additions", "whose matrices decay, of qk,vo,mlp")
     orthogonal_pull: float = flag("additions", "share by which a step brings matrices back to "
                                   "orthogonal ones", low=0, high=1)
-    pull_groups: str = flag("additions", "which matrices, of qk,vo,mlp")
+    pull_groups: str = flag("additions", "which matrices, of qk,vo,mlp (default: mlp)")
 
     def __post_init__(self):
         super().__post_init__()
@@ -191,7 +191,7 @@ FIELDS = (*fields(ModelConfig), *fields(TrainingConfig), *fields(DataConfig))
 DEFAULTS = dict(depth=36, width=64, heads=4, length=64, rho=0.8, eta=0.9, zeta=1.5, tau=0.3,
                 position="rope", row_scale="unit", identity_skip=False, remat=False,
                 steps=400, batch=16, accumulate=1, seed=0, weight_decay=0.0, orthogonal_pull=0.0,
-                pull_groups="vo,mlp", data=None, val_data=None, encoding=None)
+                pull_groups="mlp", data=None, val_data=None, encoding=None)
 
 
 @dataclass(frozen=True)

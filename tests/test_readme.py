@@ -1,12 +1,14 @@
 """What the README shows is true: its code is the package's, its examples run, its flags exist."""
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy.special import softmax
 
-from minitf.cli.main import make_parser
+from minitf.cli.main import main, make_parser
+from minitf.config import FIELDS
 from minitf.theory import spa
 
 ROOT = Path(__file__).parents[1]
@@ -68,3 +70,17 @@ def test_the_constants_work_in_pytorch():
     largest = np.abs(bias[np.isfinite(bias)]).max()
     rounding = 8 * largest * np.finfo(np.float32).eps * np.abs(v).max()
     assert np.max(np.abs(out - expected) / row_scale[:, None]) <= rounding
+
+
+def test_help_is_short_and_help_all_is_all(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = []
+    for flag in ("--help", "--help-all"):
+        monkeypatch.setattr(sys, "argv", ["run.py", flag])
+        with pytest.raises(SystemExit) as end:
+            main([flag])
+        assert end.value.code == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0].count("\n") < 60
+    for each in FIELDS:
+        assert f"--{each.name.replace('_', '-')} " in shown[1] or each.type is bool, each.name

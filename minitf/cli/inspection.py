@@ -20,11 +20,6 @@ WINDOWS, INITIALISATIONS = 4, 8     # a report is a mean over both: theory speak
 MEAN_SQUARE_FACTOR = 2.0            # of activations, beyond what the width explains: see `verdict`
 GRADIENT_RATIO = 10.0               # largest over smallest gradient norm, over depth
 ROUNDINGS = 8                       # of a token in a block: each product's, phi's, D's, the skips'
-THRESHOLDS = (
-    f"signal survives where the mean square stays within a factor of {MEAN_SQUARE_FACTOR:g} of 1 "
-    f"beyond what the width explains, exp(2 beta^2 sqrt(2.25 depth / (width {INITIALISATIONS}))), "
-    f"the effective rank above what rounding, {ROUNDINGS} times a block, would leave of tokens "
-    f"that are all one vector, and gradient norms within a ratio of {GRADIENT_RATIO:g} over depth")
 
 
 initialise = jax.jit(init, static_argnums=(1, 2))
@@ -185,6 +180,10 @@ def rounded_rank(width, length, depth, dtype):
 
 def verdict(out, config):
     """One line: signal survives, or what breaks first and where.
+
+    It survives where mean squares stay within MEAN_SQUARE_FACTOR of 1 beyond what the width
+    explains, effective ranks above what rounding alone would leave, and gradient norms within
+    GRADIENT_RATIO.
 
     An MLP keeps the mean square of one vector up to a relative variance of 2.25 / d at most:
     1.5 / d from the projection 4 d -> d, up to 0.75 / d (that of ReLU) from the leaky ReLUs. Deep

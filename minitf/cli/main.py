@@ -20,6 +20,9 @@ from . import inspection, loop, use
 MODES = "out", "resume", "sample", "eval", "inspect", "plot", "compilation_cache", "mesh"
 PROCESSES = "coordinator", "process_id", "processes"
 SAMPLING = [each.name for each in fields(Sampling)]
+COMMON = ("help help-all out resume sample eval inspect plot preset attn depth width heads length "
+          "gamma steps batch seed optimizer learning-rate accumulate mesh data val-data encoding "
+          "prompt tokens").split()             # what --help shows
 
 
 def main(arguments=None):
@@ -125,7 +128,8 @@ def reachable(settings):
 def make_parser():
     """One flag for each setting, in four groups, and for what to do and where."""
     parser = Parser(prog="run.py", description="Trains a transformer without shortcuts on text.",
-                    allow_abbrev=False)
+                    usage="run.py [--out DIR] [--preset NAME] [flags]", allow_abbrev=False)
+    parser.add_argument("--help-all", action="help", help="all flags")
     where = parser.add_mutually_exclusive_group()
     for name, text in {
             "out": "a new folder for checkpoints and metrics (default: the next under runs/)",
@@ -135,12 +139,10 @@ def make_parser():
     }.items():
         where.add_argument("--" + name, type=Path, metavar="DIR", help=text)
     where.add_argument("--inspect", nargs="?", type=Path, const=True, metavar="DIR",
-                       help="train nothing: kernels and gradients on real text, block by block, of "
-                       "a run's newest checkpoint beside its start, or, without DIR, of the "
-                       f"initialised network beside the prediction; {inspection.THRESHOLDS}")
+                       help="train nothing: kernels and gradients by block, of a run beside its "
+                       "start, or, without DIR, of a new network beside the prediction")
     parser.add_argument("--plot", type=Path, metavar="FILE.png",
-                        help="draw what --inspect shows, without DIR beside softmax; needs "
-                        "matplotlib")
+                        help="draw what --inspect shows; needs matplotlib")
     parser.add_argument("--compilation-cache", action=argparse.BooleanOptionalAction, default=True,
                         help="keep what is compiled for an accelerator in ~/.cache/minitf")
     parser.add_argument("--mesh", metavar="data=N,fsdp=N",
@@ -158,6 +160,10 @@ def make_parser():
         groups[each.metadata["group"]].add_argument(
             "--" + each.name.replace("_", "-"), default=argparse.SUPPRESS,
             help=each.metadata["text"].replace("%", "%%"), **how_to_parse(each))
+    if "--help-all" not in sys.argv:
+        for action in parser._actions:
+            if action.option_strings[-1].strip("-") not in COMMON:
+                action.help = argparse.SUPPRESS
     return parser
 
 
