@@ -150,6 +150,11 @@ class TrainingConfig(Checked):
                                   "orthogonal ones", low=0, high=1)
     pull_groups: str = flag("additions", "which matrices, of qk,vo,mlp (default: mlp)")
 
+    @property
+    def at_once(self):
+        """Sequences that are computed together."""
+        return self.batch // self.accumulate
+
     def __post_init__(self):
         super().__post_init__()
         require(self.warmup < self.steps,

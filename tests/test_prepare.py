@@ -358,15 +358,19 @@ def test_where_no_documents_were_set_aside_the_last_tenth_is(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["cut", "longer", "swapped", "gone", "tables", "manifest",
-                                    "lies"])
+                                    "lies", "byte", "brackets"])
 def test_damaged_folders_are_refused(prepared, tmp_path, capsys, damage):
     for path in prepared.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     tokens, manifest = tmp_path / "tokens.bin", tmp_path / "manifest.json"
     content, saved = tokens.read_bytes(), json.loads(manifest.read_text())
-    if damage in ("cut", "longer", "swapped"):
-        tokens.write_bytes({"cut": content[:-2], "longer": content + b"\0\0",
+    if damage in ("cut", "longer", "swapped", "byte"):         # one, that no sample would find
+        third = len(content) // 3
+        other = content[:third] + bytes([content[third] ^ 1]) + content[third + 1:]
+        tokens.write_bytes({"cut": content[:-2], "longer": content + b"\0\0", "byte": other,
                             "swapped": content[::-1]}[damage])
+    elif damage == "brackets":
+        manifest.write_text("[" * 10**6)
     elif damage == "tables":
         (tmp_path / "tables.npz").write_bytes(bytes((tmp_path / "tables.npz").stat().st_size))
     elif damage == "gone":

@@ -16,11 +16,10 @@ from minitf import load, resolve
 from minitf.training import sharding
 
 ROOT = Path(__file__).parents[1]
-# Each with another preset and mesh. By hand also ["paper", {"eta": 0.2}, "data=8"] and
-# ["identity-skip", {}, "data=2,fsdp=4"]: see meshes.py.
-CASES = [("isometric", {}, "data=2"),
-         ("preln", dict(optimizer="muon"), "fsdp=4"),
-         ("normless", dict(optimizer="adamw", accumulate=2), "data=2,fsdp=2")]
+# Each with another preset and mesh. By hand, with meshes.py, also ["normless", {}, "data=8"],
+# ["paper", {"eta": 0.2}, "data=8"], ["identity-skip", {}, "data=2,fsdp=4"].
+CASES = [("isometric", {}, "data=2,fsdp=2"),
+         ("preln", dict(optimizer="adamw", accumulate=2), "fsdp=4")]
 
 
 def environment(devices):
@@ -51,8 +50,8 @@ def test_meshes_give_what_one_device_gives():
 
 
 @pytest.mark.parametrize("text, said", [
-    ("data=3", "at most 1 devices"), ("rows=1", "data=2,fsdp=4"), ("data", "data=2,fsdp=4"),
-    ("data=0", "at most 1 devices")])
+    ("data=3", "of 3 devices, there are 1"), *((text, "like data=2,fsdp=4") for text in (
+        "rows=1", "data", "data=0", "data=2,data=2", "data=2,", "", "data=２"))])
 def test_a_mesh_that_does_not_fit_is_refused(text, said):
     with pytest.raises(ValueError, match=said):
         sharding.use(text, resolve())
@@ -110,6 +109,29 @@ def test_a_lost_process_ends_the_other(tmp_path, victim):
     assert processes[1 - victim].returncode != 0
     assert "seems lost" in errors or "another task died" in errors, errors[-2000:]
     load(tmp_path)
+
+
+def test_two_processes_train_to_the_end_and_are_evaluated(tmp_path):
+    """With evaluations of many batches; the checkpoint is one that a single device can use."""
+    processes = two(tmp_path, "--steps", "4", "--save-every", "2")
+    ends = [each.communicate(timeout=150) for each in processes]
+    assert [each.returncode for each in processes] == [0, 0], ends[0][1][-2000:]
+    assert "validation loss" in ends[0][0] and "validation loss" not in ends[1][0]
+    values = [json.loads(line).get("val_loss") for line in (tmp_path / "metrics.jsonl").open()]
+    assert len(list(filter(None, values))) == 2
+    load(tmp_path)
+
+
+def test_what_one_process_refuses_ends_both(tmp_path):
+    """Flags that differ: a line each, status 2, no folder."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    out = tmp_path / "run"
+    processes = [start(out, which, port, "--seed", str(which)) for which in (0, 1)]
+    ends = [each.communicate(timeout=60) for each in processes]
+    assert [each.returncode for each in processes] == [2, 2], ends
+    assert "must be the same in all processes" in ends[0][1] and not out.exists()
 
 
 def test_a_signal_to_either_process_stops_both_and_one_device_goes_on(tmp_path):

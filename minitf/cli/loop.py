@@ -1,8 +1,10 @@
 """The loop: a run from its first step to its last, and one that is taken up again."""
+import atexit
 import ctypes
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -32,8 +34,10 @@ MAY_CHANGE = "steps", "learning_rate", "save_every", "accumulate", "remat", "dat
 
 def train(settings, out, mesh):
     """A new run, in the folder `out` or the next one under runs/, on a mesh as sharding.use."""
-    require_new(out)
+    if sharding.first():
+        require_new(out)
     corpus, settings = read_corpus(settings)
+    sharding.require_same("flags and data", f"{settings} {corpus.digest}")
     model, vocabulary = settings.model, encodings.vocabulary(corpus.encoding)
     require_memory(settings, vocabulary)
     constants = attention_constants(model)                        # refuses before there is a folder
@@ -58,6 +62,7 @@ def resume(folder, flags, mesh):
     out = folder if sharding.first() else aside()
     lock = checkpoints.lock(out)
     state, unusable = checkpoints.newest(folder)
+    sharding.require_same("the newest checkpoint", f"{state.step} {state.settings}")
     for path, problem in unusable:
         print(f"run.py: {problem}; falling back to the one of step {state.step}", file=sys.stderr)
     changed = changes(state.settings, flags)
@@ -112,7 +117,7 @@ def run_steps(state, corpus, constants, out):
             params, opt_state, values = training.train_step(
                 params, opt_state, constants, rates, optimizer.learning_rate(how, step), batch,
                 model, how.optimizer, how.accumulate)
-            late = sharding.first() and time.monotonic() - saved_at > SAVE_SECONDS
+            late = sharding.first() and not asked and time.monotonic() - saved_at > SAVE_SECONDS
             told, asked = int(asked), sharding.largest(STOP if stop else int(late))
             stopping = told == STOP
             if pending:
@@ -149,10 +154,10 @@ def run_steps(state, corpus, constants, out):
 
 def begin_watch(settings, params, constants, corpus, start, out, metrics):
     """The Watch of a run that begins, or of one that is taken up again, from its metrics."""
-    watch = Watch(settings.training.warmup, out)
+    watch = Watch(settings.training.warmup, out, len(corpus.validation))
     if not start:
         windows = data.spread_windows(corpus.validation, settings.model.length,
-                                      settings.training.batch)
+                                      settings.training.at_once)
         _, squares = training.evaluate(params, constants, windows, settings.model, len(windows))
         metrics.write(json.dumps({"step": 0, "mean_square": squares}) + "\n")
         metrics.flush()
@@ -191,12 +196,12 @@ def evaluate(settings, params, constants, corpus, count, step, metrics, watch):
     """
     windows = data.spread_windows(corpus.validation, settings.model.length, count)
     value, squares = training.evaluate(params, constants, windows, settings.model,
-                                       settings.training.batch)
+                                       settings.training.at_once)
     size = corpus.validation_counts @ encodings.byte_lengths(corpus.encoding)
     bits = len(corpus.validation) / size / math.log(2)            # per byte, of a nat per token
     unigram = data.unigram_loss(corpus.train_counts, corpus.validation_counts)
     line = {"step": step, "val_loss": value, "val_bits_per_byte": value * bits,
-            "mean_square": squares}
+            "val_tokens": len(corpus.validation), "mean_square": squares}
     metrics.write(json.dumps(line) + "\n")
     watch.recall(line)
     said = (f"validation loss {value:.3f} nats a token, {value * bits:.3f} bits a byte "
@@ -224,7 +229,7 @@ def require_memory(settings, vocabulary):
 
     Parameters and their moments, dense biases, a batch's logits and activations.
     """
-    model, batch = settings.model, settings.training.batch
+    model, batch = settings.model, settings.training.at_once
     d, length, depth = model.width, model.length, model.depth
     numbers = 3 * (12 * d * d * depth + 2 * d * vocabulary)
     numbers += depth * length**2 * (model.attn == "uspa")
@@ -249,8 +254,8 @@ def available_memory():
 def require_new(out):
     """ValueError if the folder is there already with more in it than a run that never began."""
     leftover = {"lock", "config.json", "metrics.jsonl"}
-    new = out is None or not out.exists() or \
-        out.is_dir() and {path.name for path in out.iterdir()} <= leftover
+    new = out is None or not out.exists() or out.is_dir() and all(
+        path.name in leftover or path.suffix == ".part" for path in out.iterdir())
     require(new, f"{out} exists and is not an empty folder: a run never overwrites another")
 
 
@@ -272,7 +277,9 @@ def make_folder(out, name):
 
 def aside():
     """A folder for what only the first of several processes writes where it is to be."""
-    return Path(tempfile.mkdtemp(prefix="minitf-"))
+    folder = tempfile.mkdtemp(prefix="minitf-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def keep_freed_memory():

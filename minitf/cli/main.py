@@ -1,6 +1,7 @@
 """The command line. Whatever a user or a file gets wrong: one line, exit status 2."""
 import argparse
 import os
+import re
 import signal
 import sys
 from contextlib import suppress
@@ -19,6 +20,7 @@ from . import inspection, loop, use
 
 MODES = "out", "resume", "sample", "eval", "inspect", "plot", "compilation_cache", "mesh"
 PROCESSES = "coordinator", "process_id", "processes"
+WITHOUT = "sample", "eval", "inspect", "plot"                 # what needs no mesh
 SAMPLING = [each.name for each in fields(Sampling)]
 COMMON = ("help help-all out resume sample eval inspect plot preset attn depth width heads length "
           "gamma steps batch seed optimizer learning-rate accumulate mesh data val-data encoding "
@@ -32,14 +34,21 @@ def main(arguments=None):
     modes = {name: flags.pop(name) for name in MODES}
     processes = [flags.pop(name) for name in PROCESSES]
     prepare_streams()
+
+    def refuse(line):
+        sharding.leave(line)
+        parser.error(line)
+
     try:
         start_processes(*processes)
         start_backend()
         if modes["compilation_cache"]:
             keep_compiled_programs()
         mesh = modes["mesh"]
+        if mesh is None and (jax.process_count() > 1 or not any(modes[name] for name in WITHOUT)):
+            mesh = "all"
         if modes["resume"]:
-            loop.resume(modes["resume"], flags, mesh or "all")
+            loop.resume(modes["resume"], flags, mesh)
         elif modes["sample"]:
             loop.refuse_others(flags, SAMPLING, "cannot be given with --sample")
             use.sample(modes["sample"], Sampling(**flags), mesh)
@@ -59,20 +68,21 @@ def main(arguments=None):
             if modes["inspect"] or modes["plot"]:
                 inspection.inspect(settings, modes["plot"])
             else:
-                loop.train(settings, modes["out"], mesh or "all")
+                loop.train(settings, modes["out"], mesh)
     except ValueError as error:
-        parser.error(str(error))
+        refuse(str(error))
     except BrokenPipeError:                                       # nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0 if modes["sample"] else 141)                   # 128 + SIGPIPE
     except OSError as error:
-        parser.error(f"{error.filename or 'cannot write'}: {error.strerror}")
+        refuse(f"{error.filename or 'cannot write'}: {error.strerror}")
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-            sharding.leave_if_alone(error)
-            raise
-        parser.error("out of memory: --accumulate 2 or more computes a batch in parts, --remat "
-                     "keeps less; a smaller --batch, --length or --width may help")
+            if sharding.lost(error) is None:
+                raise
+            refuse(sharding.lost(error))
+        refuse("out of memory: --accumulate 2 or more computes a batch in parts, --remat "
+               "keeps less; a smaller --batch, --length or --width may help")
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
 
@@ -98,7 +108,9 @@ def start_backend():
 
 def start_processes(coordinator, process_id, processes):
     """Joins the other processes of a run on several hosts, if there are any."""
-    require((process_id is None) == (processes is None) == (coordinator in (None, "auto")),
+    alone = coordinator in (None, "auto")
+    require((process_id is None) == (processes is None) == alone
+            and (alone or re.fullmatch(r".+:\d+", coordinator)),
             "coordinator HOST:PORT, process-id and processes go together; coordinator auto stands "
             "alone")
     if coordinator:

@@ -49,7 +49,7 @@ def evaluate(folder, names, mesh=None):
     names: as --data; None: the run's own validation text.
     """
     saved = checkpoint.newest(folder)[0]
-    config, encoding, size = saved.settings.model, saved.encoding, saved.settings.training.batch
+    config, encoding, size = saved.settings.model, saved.encoding, saved.settings.training.at_once
     tokens = data.read_tokens(names, encoding)[0] if names else \
         data.load(saved.settings.data, config.length, encoding).validation
     lengths, nats, total, count = byte_lengths(encoding), 0.0, 0, len(tokens) - 1

@@ -15,9 +15,10 @@ class Watch:
     least 10. That of the activations' mean square is the one at the start, for each block.
     """
 
-    def __init__(self, warmup, folder):
+    def __init__(self, warmup, folder, tokens=0):
         self.first, self.last, self.folder = warmup, warmup + max(warmup, 10), folder
         self.early, self.squares, self.said, self.losses = [], None, set(), {}
+        self.tokens = tokens                              # of the validation text
 
     @property
     def best(self):
@@ -31,7 +32,7 @@ class Watch:
 
     def recall(self, line):
         """A line of the metrics, also of those of a run that is taken up again."""
-        if "val_loss" in line:
+        if line.get("val_tokens") == self.tokens and np.isfinite(line["val_loss"]):
             self.losses[line["step"]] = line["val_loss"]
         if self.first <= line["step"] < self.last and "grad_norm" in line:
             self.early.append(line["grad_norm"])

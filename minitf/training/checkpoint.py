@@ -40,7 +40,7 @@ from .train import named_leaves
 
 FORMAT, KEPT = 3, 2                       # of the meta data; how many checkpoints a run keeps
 # What some file systems answer that have no locks, or cannot sync a folder: NFS, Lustre, CIFS.
-UNABLE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF, errno.EINVAL, errno.EACCES)
+UNABLE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF, errno.EINVAL)
 
 
 class Damaged(ValueError):
@@ -93,7 +93,7 @@ def save(folder, checkpoint, best=None):
     older = [path for path in older if number(path) != best]
     leftover = Path(folder).glob("checkpoint-*.part")      # of a process that was killed
     for path in [*older, *leftover]:
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
 @jax.jit
@@ -138,10 +138,13 @@ def write(path, fill):
                          "what was saved before is untouched") from None
     try:
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-    except OSError as error:
-        require(error.errno in UNABLE, f"cannot write to {path.parent}: {error.strerror}")
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:                           # EACCES: Windows
+        require(error.errno in (*UNABLE, errno.EACCES),
+                f"cannot write to {path.parent}: {error.strerror}")
 
 
 def rewind(metrics, step):

@@ -4,8 +4,10 @@ A mesh has two axes, data and fsdp. Both split a batch's sequences. fsdp also sp
 names: parameters, their moments and their gradients. Without a mesh in use nothing here does
 anything. Functions of a tree look a leaf's rule up by the last name on its path.
 """
+import hashlib
 import math
 import os
+import re
 import sys
 from contextlib import nullcontext
 from functools import partial
@@ -19,6 +21,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P, get_abstra
 from ..errors import require
 
 LOST_AFTER = 30                      # seconds without a word from a process until all end
+LOST = "gloo", "nccl", "unavailable", "aborted", "deadline", "heartbeat", "connection", "coordin"
 AXES = "data", "fsdp"
 BATCH = P(AXES)                                                               # of sequences
 RULES = {"embed": P(None, "fsdp"), "head": P("fsdp")} | dict.fromkeys(
@@ -33,8 +36,11 @@ def start(coordinator, process_id, processes):
     coordinator: HOST:PORT of the first process, or "auto": what JAX finds out by itself.
     """
     own = (None,) * 3 if coordinator == "auto" else (coordinator, processes, process_id)
-    jax.distributed.initialize(*own, heartbeat_timeout_seconds=LOST_AFTER,
-                               shutdown_timeout_seconds=LOST_AFTER)
+    try:
+        jax.distributed.initialize(*own, heartbeat_timeout_seconds=LOST_AFTER,
+                                   shutdown_timeout_seconds=LOST_AFTER)
+    except RuntimeError as error:
+        raise ValueError(f"no other processes: {str(error).splitlines()[0]}") from None
     if not first():
         sys.stdout = open(os.devnull, "w")
 
@@ -44,12 +50,27 @@ def first():
     return jax.process_index() == 0
 
 
-def leave_if_alone(error):
-    """Ends this process, of several, with one line: not with a wait for one that is lost."""
-    if jax.distributed.is_initialized() and jax.process_count() > 1:
-        print("run.py: another process of this run seems lost; the last checkpoint is whole, "
-              f"--resume goes on from it ({str(error).splitlines()[0][:200]})", file=sys.stderr)
+def leave(line):
+    """Ends this process, where it is one of several, with a line, and without a wait for others."""
+    if jax.distributed.is_initialized():
+        print(f"run.py: {line}", file=sys.stderr, flush=True)
         os._exit(2)
+
+
+def lost(error):
+    """What an error says of another process that is gone; None where it is of something else."""
+    told = str(error).lower()
+    if jax.distributed.is_initialized() and any(word in told for word in LOST):
+        return ("another process of this run seems lost; the last checkpoint is whole, --resume "
+                f"goes on from it ({told.splitlines()[0][:200]})")
+
+
+def require_same(what, text):
+    """ValueError unless all processes have the same text."""
+    if jax.process_count() > 1:
+        said = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+        every = multihost_utils.process_allgather(said)
+        require((every == said).all(), f"{what} must be the same in all processes")
 
 
 def use(text, settings):
@@ -58,22 +79,21 @@ def use(text, settings):
     "all": as many devices, on data, as divide the batch. ValueError, with the numbers that would
     do, for a mesh that does not fit devices, batch or width.
     """
-    sequences, width = settings.training.batch // settings.training.accumulate, settings.model.width
+    sequences, width = settings.training.at_once, settings.model.width
     count, sizes = jax.device_count(), dict.fromkeys(AXES, 1)
     if text == "all":
         sizes["data"] = max(n for n in range(1, count + 1) if sequences % n == 0)
-        if sizes["data"] < count:
+        if sizes["data"] < count and jax.process_count() == 1:
             print(f"note: {sizes['data']} of {count} devices are used, as many as divide "
                   f"{sequences} sequences")
-        text = f"data={sizes['data']}"
-    for part in filter(None, (text or "").split(",")):
-        name, _, size = part.partition("=")
-        require(name in AXES and size.isdecimal() and 0 < int(size) <= count,
-                f"mesh must be like data=2,fsdp=4, at most {count} devices, not {text!r}")
-        sizes[name] = int(size)
+    elif text is not None:
+        parts = [re.fullmatch(r"(data|fsdp)=([1-9][0-9]{0,5})", part) for part in text.split(",")]
+        require(all(parts) and len({part[1] for part in parts}) == len(parts),
+                f"mesh must be like data=2,fsdp=4, not {text!r}")
+        sizes |= {part[1]: int(part[2]) for part in parts}
     used = math.prod(sizes.values())
     require(used <= count and (used == count or jax.process_count() == 1),
-            f"mesh {text} is of {used} devices, there are {count}")
+            f"mesh is of {used} devices, there are {count}; several processes use all of them")
     for what, number, size in ("sequences", sequences, used), ("width", width, sizes["fsdp"]):
         fitting = [str(n) for n in range(1, count + 1) if number % n == 0]
         require(number % size == 0, f"mesh: {size} does not divide the {what}, {number}; "
@@ -93,7 +113,15 @@ def largest(number):
     if jax.process_count() == 1:
         return number
     said = from_rows((jax.device_count(),), BATCH, lambda index: np.full(1, number, np.int32))
-    return jax.jit(lambda said: whole(said.max()))(said)
+    return whole_maximum(said)
+
+
+whole_maximum = jax.jit(lambda said: whole(said.max()))
+
+
+def devices():
+    """How many the mesh in use has."""
+    return get_abstract_mesh().size
 
 
 # --- Where arrays are ---------------------------------------------------------------------

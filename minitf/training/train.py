@@ -101,8 +101,14 @@ def evaluate(params, constants, windows, config, size):
     Means; `size` at a time, and a remainder smaller than that is left out.
     """
     size = min(size, len(windows))
+    if sharding.in_use() and size % sharding.devices():      # few windows: some count twice
+        windows = np.resize(windows, (-(-size // sharding.devices()) * sharding.devices(),
+                                      windows.shape[1]))
+        size = len(windows)
     whole = windows[:len(windows) // size * size].reshape(-1, size, windows.shape[1])
-    losses, squares = zip(*(evaluate_batch(params, constants, batch, config) for batch in whole))
+    # One after the other: processes that run several at once could wait for each other.
+    losses, squares = zip(*(jax.device_get(evaluate_batch(params, constants, batch, config))
+                            for batch in whole))
     return float(np.mean(losses)), np.mean(squares, 0).tolist()
 
 
