@@ -4,6 +4,7 @@ import ctypes
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -139,10 +140,8 @@ def run_steps(state, corpus, constants, out):
                 save(out, metrics, state, watch.best)
                 saved_at = time.monotonic()
             if stopping and done < how.steps:
-                if sharding.first():
-                    print(progress.last_words(
-                        f"stopped and saved after step {done} of {how.steps}; to go on: "
-                        f"python run.py --resume {out}"), file=sys.stderr)
+                say_last(progress, f"stopped and saved after step {done} of {how.steps}; to go on: "
+                         f"python run.py --resume {shlex.quote(str(out))}")
                 sys.exit(128 + (stop or [signal.SIGTERM])[0])
             if saving:
                 progress.rest()
@@ -184,9 +183,16 @@ def record_step(metrics, progress, watch, how, step, values, last):
     suspect = last if last and not math.isfinite(line["loss"]) else (step, values)
     name, norm = training.largest_gradient(suspect[1]["grad_norms"])
     cause = watch.help() if step else "no step was taken: it is not the learning rate"
-    sys.exit(progress.last_words(
-        f"loss is {line['loss']:.3g}, gradient norm {line['grad_norm']:.3g} at step {step}; the "
-        f"largest gradient at step {suspect[0]} is that of {name}, {norm:.3g}; {cause}"))
+    say_last(progress, f"loss is {line['loss']:.3g}, gradient norm {line['grad_norm']:.3g} at step "
+             f"{step}; the largest gradient at step {suspect[0]} is that of {name}, {norm:.3g}; "
+             f"{cause}")
+    sys.exit(1)
+
+
+def say_last(progress, line):
+    """A line on stderr before a run ends early; of several processes the first says it."""
+    if sharding.first():
+        print(progress.last_words(line), file=sys.stderr)
 
 
 def evaluate(settings, params, constants, corpus, count, step, metrics, watch):

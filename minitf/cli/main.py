@@ -44,31 +44,7 @@ def main(arguments=None):
         start_backend()
         if modes["compilation_cache"]:
             keep_compiled_programs()
-        mesh = modes["mesh"]
-        if mesh is None and (jax.process_count() > 1 or not any(modes[name] for name in WITHOUT)):
-            mesh = "all"
-        if modes["resume"]:
-            loop.resume(modes["resume"], flags, mesh)
-        elif modes["sample"]:
-            loop.refuse_others(flags, SAMPLING, "cannot be given with --sample")
-            use.sample(modes["sample"], Sampling(**flags), mesh)
-        elif modes["eval"]:
-            loop.refuse_others(flags, ["data"], "cannot be given with --eval")
-            use.evaluate(modes["eval"], flags.get("data"), mesh)
-        elif isinstance(modes["inspect"], Path):
-            loop.refuse_others(flags, [], "cannot be given with --inspect DIR")
-            inspection.inspect_run(modes["inspect"], modes["plot"], mesh)
-        else:
-            names = ["preset", *(each.name for each in FIELDS)]
-            loop.refuse_others(flags, names, "can only be given with --sample")
-            settings = reachable(resolve(**flags, backend=hardware()))
-            note = untuned(settings.preset, settings.flags)
-            if note:
-                print(note)
-            if modes["inspect"] or modes["plot"]:
-                inspection.inspect(settings, modes["plot"])
-            else:
-                loop.train(settings, modes["out"], mesh)
+        act(modes, flags)
     except ValueError as error:
         refuse(str(error))
     except BrokenPipeError:                                       # nobody reads on
@@ -85,6 +61,35 @@ def main(arguments=None):
                "keeps less; a smaller --batch, --length or --width may help")
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+
+
+def act(modes, flags):
+    """Does what the modes say, with the flags that it takes."""
+    mesh = modes["mesh"]
+    if mesh is None and (jax.process_count() > 1 or not any(modes[name] for name in WITHOUT)):
+        mesh = "all"
+    if modes["resume"]:
+        loop.resume(modes["resume"], flags, mesh)
+    elif modes["sample"]:
+        loop.refuse_others(flags, SAMPLING, "cannot be given with --sample")
+        use.sample(modes["sample"], Sampling(**flags), mesh)
+    elif modes["eval"]:
+        loop.refuse_others(flags, ["data"], "cannot be given with --eval")
+        use.evaluate(modes["eval"], flags.get("data"), mesh)
+    elif isinstance(modes["inspect"], Path):
+        loop.refuse_others(flags, [], "cannot be given with --inspect DIR")
+        inspection.inspect_run(modes["inspect"], modes["plot"], mesh)
+    else:
+        names = ["preset", *(each.name for each in FIELDS)]
+        loop.refuse_others(flags, names, "can only be given with --sample")
+        settings = reachable(resolve(**flags, backend=hardware()))
+        note = untuned(settings.preset, settings.flags)
+        if note:
+            print(note)
+        if modes["inspect"] or modes["plot"]:
+            inspection.inspect(settings, modes["plot"])
+        else:
+            loop.train(settings, modes["out"], mesh)
 
 
 def prepare_streams():
