@@ -34,8 +34,10 @@ class OutOfReach(ValueError):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
+    """An argument parser whose errors are one line, of at most 300 printable characters."""
 
     def error(self, message):
         line = " ".join(message.split()).encode("utf-8", "backslashreplace").decode()
+        line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
+        line = line if len(line) <= 280 else f"{line[:200]} ... {line[-75:]}"
         self.exit(2, f"{self.prog}: {line}\n")

@@ -172,3 +172,14 @@ def test_few_windows_are_evaluated_on_a_mesh(trained, tmp_path):
                           env=dict(os.environ,
                                    XLA_FLAGS="--xla_force_host_platform_device_count=4"))
     assert done.returncode == 0 and "validation loss" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["--data", "a\x1b[31mb"], r"a\x1b[31mb"), (["--data", "x" * 5000], " ... "),
+    (["--steps", "1" * 400], "steps must be"), (["--sample", "none", "--plot", "a.png"], "plot")])
+def test_a_refusal_is_a_short_printable_line(capsys, arguments, said):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    line = capsys.readouterr().err
+    assert end.value.code == 2 and said in line and len(line) <= 300
+    assert line.rstrip("\n").isprintable()

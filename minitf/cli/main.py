@@ -65,7 +65,8 @@ def main(arguments=None):
 
 def act(modes, flags):
     """Does what the modes say, with the flags that it takes."""
-    mesh = modes["mesh"]
+    mesh, others = modes["mesh"], [modes[name] for name in ("out", "resume", "sample", "eval")]
+    require(not (modes["plot"] and any(others)), "plot goes with --inspect alone")
     if mesh is None and (jax.process_count() > 1 or not any(modes[name] for name in WITHOUT)):
         mesh = "all"
     if modes["resume"]:
