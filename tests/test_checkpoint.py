@@ -160,7 +160,7 @@ def test_killed_at_any_point_and_resumed_ends_the_same(launch, whole, tmp_path):
             time.sleep(draw.uniform(0, 0.05))              # a step takes about a millisecond
             process.kill()
         else:
-            nth = draw.randint(1, 2) + (not begun) * 3 + 20 * (phase == "metrics")
+            nth = draw.randint(1, 2) + (not begun) * 6 + 20 * (phase == "metrics")
             nth *= 25 if phase == "write" else 1           # arrays in a checkpoint, about
             process = launch(*arguments, phase=phase, nth=nth)
         status, _, errors = finish(process)
