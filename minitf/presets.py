@@ -40,7 +40,7 @@ PRESETS = {
         init="orthogonal", mlp_init="orthogonal", head_init="zero",
         optimizer="muon", weight_decay=0.1,
         rates=dict(muon=Rates(2e-3, 32.0, 4.0, 0.5), adamw=Rates(2e-3, 64.0, 4.0, 0.5))),
-    # Isometric, but what E-SPA's softmax keeps of the own token goes past it: a skip.
+    # Isometric with ReLU, but what E-SPA's softmax keeps of the own token goes past it: a skip.
     "identity-skip": dict(
         attn="espa", identity_skip=True, alpha=0.0, beta=1.0, norm="none", act="relu",
         transform="none", init="orthogonal", mlp_init="looks_linear", head_init="zero",
