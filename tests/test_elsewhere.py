@@ -158,6 +158,9 @@ def test_a_long_run_is_saved_by_the_clock(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("arguments, said", [
     (["--data", "a\x1b[31mb"], r"a\x1b[31mb"), (["--data", "x" * 5000], " ... "),
+    (["--accumulate", "5"], "accumulate must divide batch, 16"),
+    (["--coordinator", "auto", "--processes", "2"], "stands"),
+    (["--coordinator", "", "--processes", "2", "--process-id", "0"], "HOST:PORT"),
     (["--steps", "1" * 400], "steps must be"), (["--sample", "none", "--plot", "a.png"], "plot")])
 def test_a_refusal_is_a_short_printable_line(capsys, arguments, said):
     with pytest.raises(SystemExit) as end:

@@ -78,7 +78,6 @@ CASES = [                             # each activation, norm and loop; attentio
     dict(preset="paper"),
     dict(preset="preln"),
     dict(act="leaky_relu", transform="dks", mlp_init="orthogonal"),
-    dict(act="tanh", transform="dks", mlp_init="orthogonal"),
     dict(norm="rms", alpha=0.8, position="learned"),
     dict(remat=True),
 ]
