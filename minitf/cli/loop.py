@@ -28,7 +28,8 @@ from .progress import Progress, describe
 from .use import read_corpus, show_sample
 from .watch import Watch
 
-SAVE_SECONDS, STOP = 600, 2                # between two checkpoints, at most
+SAVE_SECONDS = 600                         # between two checkpoints, at most
+STOP = 2                                   # what a process asks for; 1: a checkpoint, 0: nothing
 # On resuming; the data's tokens must be the same.
 MAY_CHANGE = "steps", "learning_rate", "save_every", "accumulate", "remat", "data", "val_data"
 

@@ -101,10 +101,9 @@ def evaluate(params, constants, windows, config, size):
     Means; `size` at a time, and a remainder smaller than that is left out.
     """
     size = min(size, len(windows))
-    if sharding.in_use() and size % sharding.devices():      # few windows: some count twice
-        windows = np.resize(windows, (-(-size // sharding.devices()) * sharding.devices(),
-                                      windows.shape[1]))
-        size = len(windows)
+    size += -size % sharding.devices()
+    if size > len(windows):                                  # fewer than devices: some count twice
+        windows = np.resize(windows, (size, windows.shape[1]))
     whole = windows[:len(windows) // size * size].reshape(-1, size, windows.shape[1])
     # One after the other: processes that run several at once could wait for each other.
     losses, squares = zip(*(jax.device_get(evaluate_batch(params, constants, batch, config))
