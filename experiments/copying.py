@@ -10,10 +10,10 @@ sequences a step, the rates that run.py takes by default, but without weight dec
 gamma of 0.005, the other three have 0.4. About a minute each on two cores.
 """
 import numpy as np
-from records import HERE, add, command, figure, header, read, row
-from trials import start
+from records import HERE, add, command, header, read, row, start
 
 import minitf
+from minitf.cli.pictures import figure, save
 from minitf.network import fast
 from minitf.training import optimizer, train
 
@@ -80,7 +80,7 @@ def report():
             axes.plot(loss.keys(), loss.values(), RUNS[name][1], label=name)
     axes.set(xlabel="step", ylabel="nats a token, where the sequence repeats", ylim=(0, 2.9))
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-    picture.savefig(HERE / "copying.png", dpi=110)
+    save(picture, HERE / "copying.png")
 
 
 if __name__ == "__main__":

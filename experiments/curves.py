@@ -11,7 +11,9 @@ import os
 import subprocess
 import sys
 
-from records import HERE, add, command, figure, header, read, row
+from records import HERE, add, command, header, read, row
+
+from minitf.cli.pictures import figure, save
 
 RECORDS, TOKENS = HERE / "curves.jsonl", 32768
 SHARE = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}    # of the card's memory; jax takes 0.75
@@ -67,7 +69,7 @@ def report():
     axes[0][2].legend()
     for axis in axes.flat:
         axis.set_ylim(bottom=0)
-    picture.savefig(HERE / "curves.png", dpi=110)
+    save(picture, HERE / "curves.png")
 
 
 if __name__ == "__main__":

@@ -9,20 +9,18 @@ the derivative of the last position after block l by its own embedding, a d x d 
 text (at initialisation random vectors). Its effective rank is the participation ratio
 (sum s^2)^2 / sum s^4 of the singular values s: d where all are equal, 1 where one is all there is.
 """
-from functools import partial
-
 import jax
-import jax.numpy as jnp
 import numpy as np
-from records import HERE, figure, header, parser, row
-from trials import start
+from records import HERE, header, parser, row, start
 
 import minitf
+from minitf.cli.figures import jacobians, participation_ratio, singular_values
+from minitf.cli.pictures import figure, save
 from minitf.network import model
 from minitf.training import checkpoint, data
 
 BLOCKS = (1, 6, 12, 36)
-TITLES, OPS = [f"block {block}" for block in BLOCKS], model.REFERENCE
+TITLES = [f"block {block}" for block in BLOCKS]
 NETWORKS = {                                           # name: flags
     "isometric: looks-linear": dict(preset="isometric"),
     "orthogonal, TAT with eta 0.5": dict(preset="paper", eta=0.5),
@@ -30,38 +28,6 @@ NETWORKS = {                                           # name: flags
     "normless: weighted skips": dict(preset="normless"),
     "preln": dict(preset="preln"),
 }
-
-
-@partial(jax.jit, static_argnames="config")
-def jacobians(params, constants, x, config):
-    """x (T, d) -> J_1, ..., J_L and those of each block's sublayers, attention and MLP: (L, d, d).
-
-    Each by the last position alone.
-    """
-    def step(carry, layer):
-        (x, jacobian), (weights, constants) = carry, layer
-        attend = lambda x: model.attention_sublayer(x, weights, constants, config, OPS)
-        mlp = lambda x: model.mlp_sublayer(x, weights, config, OPS)
-        first, second = of_last(attend, x), of_last(mlp, attend(x))
-        jacobian = second @ first @ jacobian
-        return (mlp(attend(x)), jacobian), (jacobian, first, second)
-
-    start = x, jnp.eye(config.width)
-    return jax.lax.scan(step, start, model.layers(params, constants, config))[1]
-
-
-def of_last(sublayer, x):
-    """The derivative of the last row of sublayer(x) by the last row of x, (d, d)."""
-    return jax.jacrev(lambda last: sublayer(x.at[-1].set(last))[-1])(x[-1])
-
-
-def singular_values(matrices):
-    """(..., d, d) -> (..., d), largest first."""
-    return np.linalg.svd(np.asarray(matrices, float), compute_uv=False)
-
-
-def effective_rank(s):
-    return (s**2).sum(-1)**2 / (s**4).sum(-1)
 
 
 def at_initialisation(settings):
@@ -82,7 +48,7 @@ def trained(folders, count=8):
         windows = data.spread_windows(corpus.validation, config.length, count)[:, :-1]
         embedded = (model.embed(params, window, config) for window in windows)
         s = singular_values([jacobians(params, constants, x, config) for x in embedded])
-        ranks, halves = effective_rank(s[:, 0]).mean(0), s[:, 1:].mean((0, 2))
+        ranks, halves = participation_ratio(s[:, 0]).mean(0), s[:, 1:].mean((0, 2))
         print(row(folder, *some(ranks), *map(spread, halves)))          # s: (windows, 3, L, d)
 
 
@@ -98,13 +64,13 @@ def draw(widths):
     for width, axis in zip(widths, axes[0]):
         for (name, flags), style in zip(NETWORKS.items(), ("k-", "k-.", "k--", "C7-", "C7:")):
             s = at_initialisation(minitf.resolve(width=width, length=32, **flags))
-            ranks = effective_rank(s)
+            ranks = participation_ratio(s)
             print(row(name, width, *some(ranks), f"{s[-1, 0] / s[-1, -1]:.2g}"), flush=True)
             axis.plot(np.arange(len(ranks)) + 1, ranks, style, label=name)
         axis.set(xlabel="block", ylabel="effective rank of the Jacobian", yscale="log",
                  title=f"width {width}")
     axes[0][0].legend(fontsize="x-small")
-    picture.savefig(HERE / "isometry.png", dpi=110)
+    save(picture, HERE / "isometry.png")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the scripts beside it share: records, one JSON object a line, tables, pictures, parsers.
+"""What the scripts beside it share: records, one JSON object a line, tables, parsers, a start.
 
 Importing it also makes minitf importable where it is not installed.
 """
@@ -7,8 +7,13 @@ import json
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
+import minitf                                          # noqa: E402
+from minitf.training import optimizer                  # noqa: E402
 
 
 def read(path):
@@ -32,11 +37,14 @@ def header(*names):
     return row(*names) + "\n" + row(*["---"] * len(names))
 
 
-def figure(size, *shape, **how):
-    """A figure to be saved, and its axes."""
-    from matplotlib.figure import Figure
-    picture = Figure(figsize=size, layout="constrained")
-    return picture, picture.subplots(*shape, **how)
+def start(settings, vocabulary):
+    """(params, optimizer state, constants, rates): what the first training step is given."""
+    model, how = settings.model, settings.training
+    init = jax.jit(minitf.init, static_argnames=("config", "vocabulary"))
+    params = init(jax.random.key(how.seed), config=model, vocabulary=vocabulary)
+    fixed = minitf.attention_constants(model), optimizer.group_rates(how, model)
+    state = optimizer.make_optimizer(how.optimizer).init(params)
+    return params, state, *jax.tree.map(jnp.asarray, fixed)
 
 
 def parser(description):

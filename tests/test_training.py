@@ -286,46 +286,22 @@ def test_an_evaluation_says_how_bad_a_ruined_network_is():
     assert np.isclose(tokens.mean(), value, rtol=1e-5)
 
 
-# --- Trials -----------------------------------------------------------------------------
-
-
-def test_trials_that_differ_in_numbers_alone_are_one_program():
-    """Other rates, gamma and seeds compile nothing anew, and run side by side under vmap.
-
-    Side by side they give the losses that each gives alone, to rounding: sums of products in
-    another order, over three steps.
-    """
+def test_other_numbers_compile_nothing_anew():
+    """Rates, gammas and seeds are data to a compiled step."""
     base = resolve("isometric", 0.012, **SMALL, steps=10, warmup=0)
-    trials = [base.replace(**flags) for flags in (
-        {}, dict(learning_rate=3e-3, weight_decay=0.3, seed=1), dict(gamma=(0.1, 0.02)),
-        dict(lr_mult_embed=7.0, lr_mult_qk=2.0, lr_mult_vo=3.0, orthogonal_pull=0.5, seed=2))]
     model, name = base.model, base.training.optimizer
-    chain, batch = optimizer.make_optimizer(name), np.arange(18).reshape(2, 9) % 50
-
-    def begin(trial):
+    batch, before = np.arange(18).reshape(2, 9) % 50, train.train_step._cache_size()
+    losses = set()
+    for flags in ({}, dict(learning_rate=3e-3, weight_decay=0.3, seed=1), dict(gamma=(0.1, 0.02)),
+                  dict(lr_mult_embed=7.0, lr_mult_qk=2.0, orthogonal_pull=0.5, seed=2)):
+        trial = base.replace(**flags)
         params = start(jax.random.key(trial.training.seed), model, 50)
-        rest = attention_constants(trial.model), optimizer.group_rates(trial.training, model)
-        return params, chain.init(params), *rest
-
-    def three_steps(step, state, rate):
-        params, opt_state, constants, rates = state
-        out = []
-        for number in range(3):
-            params, opt_state, values = step(params, opt_state, constants, rates, rate(number),
-                                             batch)
-            out.append(np.asarray(values["loss"]))
-        return np.array(out)
-
-    rate = lambda trial, number: optimizer.learning_rate(trial.training, number)
-    step = partial(train.train_step, config=model, optimizer=name)
-    before = train.train_step._cache_size()
-    alone = [three_steps(step, begin(trial), partial(rate, trial)) for trial in trials]
+        opt_state = optimizer.make_optimizer(name).init(params)
+        fixed = attention_constants(trial.model), optimizer.group_rates(trial.training, model)
+        for step in range(3):
+            params, opt_state, metrics = train.train_step(
+                params, opt_state, *fixed, optimizer.learning_rate(trial.training, step), batch,
+                model, name)
+        losses.add(float(metrics["loss"]))
     assert train.train_step._cache_size() == before + 1
-
-    together = jax.jit(jax.vmap(step, in_axes=(0, 0, 0, 0, 0, None)))
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(begin, trials))
-    side_by_side = three_steps(together, stacked,
-                               lambda number: np.array([rate(trial, number) for trial in trials]))
-    assert together._cache_size() == 1
-    assert np.allclose(side_by_side.T, alone, rtol=1e-4)
-    assert len({values[2] for values in map(tuple, np.float32(alone))}) == len(trials)
+    assert len(losses) == 4

@@ -14,6 +14,7 @@ from ..network.init import init
 from ..theory import kernels as theory
 from ..training import checkpoint, data, sharding
 from ..training.encoding import vocabulary as vocabulary_of
+from . import pictures
 from .use import read_corpus
 
 WINDOWS, INITIALISATIONS = 4, 8     # a report is a mean over both: theory speaks of the mean
@@ -27,18 +28,21 @@ initialise = jax.jit(init, static_argnums=(1, 2))
 
 def inspect(settings, plot_path):
     """Prints the report of a network on validation text; draws it into `plot_path` if given."""
-    corpus, settings = read_corpus(settings)
-    config, vocabulary = settings.model, vocabulary_of(corpus.encoding)
-    windows = data.spread_windows(corpus.validation, config.length, WINDOWS)[:, :-1]
-    seed = settings.training.seed
-    out = report(config, windows, vocabulary, seed)
+    settings, *text = read_windows(settings)
+    config, out = settings.model, report(settings, *text)
     print(table(out, "predicted"))
     if plot_path:
-        softmax = settings.replace(attn="softmax", identity_skip=False).model
-        others = {} if config.attn == "softmax" else \
-            {"softmax, measured": report(softmax, windows, vocabulary, seed)}
-        plot({f"{config.attn}, measured": out, **others}, plot_path)
+        others = {} if config.attn == "softmax" else {"softmax, measured": report(
+            settings.replace(attn="softmax", identity_skip=False), *text)}
+        pictures.draw_reports({f"{config.attn}, measured": out, **others}, COLUMNS, plot_path)
     print(verdict(out, config))
+
+
+def read_windows(settings):
+    """(settings with the text's collision rate, windows of it (n, T), vocabulary)."""
+    corpus, settings = read_corpus(settings)
+    windows = data.spread_windows(corpus.validation, settings.model.length, WINDOWS)[:, :-1]
+    return settings, windows, vocabulary_of(corpus.encoding)
 
 
 def inspect_run(folder, plot_path, mesh=None):
@@ -55,7 +59,8 @@ def inspect_run(folder, plot_path, mesh=None):
     print(table(after | {f"start {name}": value for name, value in before.items()}, "start"))
     print(gains(start["blocks"], saved.params["blocks"]))
     if plot_path:
-        plot({f"after {saved.step} steps": after, "at the start": before}, plot_path)
+        reports = {f"after {saved.step} steps": after, "at the start": before}
+        pictures.draw_reports(reports, COLUMNS, plot_path)
 
 
 # --- What is measured -------------------------------------------------------------------
@@ -97,12 +102,13 @@ def measure(params, constants, tokens, key, config):
     return jax.vmap(one)(tokens, jax.random.split(key, len(tokens)))
 
 
-def predicted(tokens, n, config):
-    """The recursion from where tokens (T,) do repeat, with the network's own D = rowsum(A) / n.
+def predicted(equal, n, config):
+    """The recursion with the network's own D = rowsum(A) / n, from the kernel of the tokens.
 
-    (L + 1, T, T); None where A depends on the input.
+    equal: (T, T), where tokens repeat, or the products of their embeddings. (L + 1, T, T); None
+    where A depends on the input.
     """
-    kernel = theory.input_kernel(config, len(tokens), tokens[:, None] == tokens)
+    kernel = theory.input_kernel(config, len(equal), equal)
     after = [sigma for _, sigma in theory.predict_kernels(config, kernel, n)]
     return np.array([kernel, *after]) if after else None
 
@@ -143,18 +149,30 @@ def measured(parameters, keys, constants, tokens, config):
         "kernels": kernels[::len(tokens)].mean(0)}
 
 
-def report(config, tokens, vocabulary, seed=0):
+def report(settings, tokens, vocabulary):
     """What is measured at initialisation, and "predicted ..." where theory makes a prediction."""
+    config = settings.model
     constants = theory.attention_constants(config)
-    keys = jax.random.split(jax.random.key(seed), INITIALISATIONS)
+    keys = jax.random.split(jax.random.key(settings.training.seed), INITIALISATIONS)
     parameters = (initialise(key, config, vocabulary) for key in keys)
     out = measured(parameters, keys, constants, tokens, config)
     n = theory.position_scale(config) if constants else None
-    expected = [predicted(window, n, config) for window in tokens]
+    # The embeddings' own kernel matters to the effective rank alone, which is not linear in it.
+    expected = [predicted(window[:, None] == window, n, config) for window in tokens]
     if expected[0] is None:
         return out
     named = {f"predicted {name}": value for name, value in describe(np.array(expected)).items()}
-    return out | named | {"predicted kernels": expected[0]}
+    drawn = np.array([predicted(drawn_kernel(window, config.width), n, config)
+                      for window in tokens])
+    return out | named | {"predicted kernels": expected[0],
+                          "predicted effective rank": effective_rank(drawn).mean(0)}
+
+
+def drawn_kernel(tokens, width):
+    """X X^T / d of random embeddings: of finite width they are not quite orthogonal."""
+    distinct, of_token = np.unique(tokens, return_inverse=True)
+    x = np.random.default_rng(0).normal(size=(len(distinct), width))[of_token]
+    return x @ x.T / width
 
 
 def describe(kernels):
@@ -237,45 +255,3 @@ def gains(start, after):
     for block, row in enumerate(np.transpose(ratio), 1):
         lines.append(f"{block:5}" + "".join(f"{value:10.3g}" for value in row))
     return "\n".join(lines)
-
-
-# --- The picture ------------------------------------------------------------------------
-
-def plot(reports, path):
-    """Kernels of the first window at four depths, predicted ones first; curves over depth.
-
-    reports: {label: what is measured}. ValueError without matplotlib.
-    """
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        raise ValueError("a plot needs matplotlib: pip install -e '.[plot]'") from None
-    rows = {}
-    for label, out in reports.items():
-        if "predicted kernels" in out:
-            rows[label.replace("measured", "predicted")] = out["predicted kernels"]
-        rows[label] = out["kernels"]
-    figure, axes = pyplot.subplots(len(rows) + 1, 4, figsize=(12, 3 * len(rows) + 3),
-                                   layout="constrained")
-    for (label, kernels), line in zip(rows.items(), axes):
-        for axis, depth in zip(line, np.linspace(0, len(kernels) - 1, 4).round().astype(int)):
-            cosines = theory.correlation(kernels[depth].astype(float))
-            image = axis.imshow(cosines, cmap="gray_r", vmin=0, vmax=1)
-            axis.set(title=f"{label}, block {depth}", xlabel="position", ylabel="position")
-    figure.colorbar(image, ax=axes[:-1], label="cosine of two positions' activations", shrink=0.6)
-    for axis, name in zip(axes[-1], COLUMNS):
-        for (label, out), style in zip(reports.items(), ("k-", "k:")):
-            axis.plot(out[name], style, label=label)
-            if "predicted " + name in out:
-                axis.plot(out["predicted " + name], "o", color="0.5", mfc="none", ms=4,
-                          label=label.replace("measured", "predicted"))
-        axis.set(xlabel="block", ylabel=name, yscale="linear" if "cosine" in name else "log")
-    axes[-1][1].legend(fontsize="small")
-    try:
-        figure.savefig(path, dpi=110)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot write {path}: {error}") from None
-    finally:
-        pyplot.close(figure)

@@ -12,18 +12,19 @@ import tempfile
 import threading
 import time
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 
 import jax
 
-from ..config import Sampling
+from ..config import FIELDS, ModelConfig, Sampling
 from ..errors import require
 from ..network.init import init
 from ..theory.kernels import attention_constants
 from ..training import checkpoint as checkpoints
 from ..training import data, encoding as encodings, optimizer, sharding, train as training
+from . import curves
 from .progress import Progress, describe
 from .use import read_corpus, show_sample
 from .watch import Watch
@@ -34,18 +35,22 @@ STOP = 2                                   # what a process asks for; 1: a check
 MAY_CHANGE = "steps", "learning_rate", "save_every", "accumulate", "remat", "data", "val_data"
 
 
-def train(settings, out, mesh):
-    """A new run, in the folder `out` or the next one under runs/, on a mesh as sharding.use."""
+def train(settings, out, mesh, trained=None):
+    """A new run, in the folder `out` or the next one under runs/, on a mesh as sharding.use.
+
+    trained: a Checkpoint, of whose weights and encoding it begins.
+    """
     if sharding.first():
         require_new(out)
-    corpus, settings = read_corpus(settings)
+    corpus, settings = read_corpus(settings, trained and trained.encoding)
     sharding.require_same("flags and data", f"{settings} {corpus.digest}")
     model, vocabulary = settings.model, encodings.vocabulary(corpus.encoding)
     require_memory(settings, vocabulary)
     constants = attention_constants(model)                        # refuses before there is a folder
     key = jax.random.key(settings.training.seed)
     with sharding.use(mesh, settings):
-        params = sharding.make(partial(init, config=model, vocabulary=vocabulary), key)
+        params = sharding.place(trained.params) if trained else \
+            sharding.make(partial(init, config=model, vocabulary=vocabulary), key)
         optimize = optimizer.make_optimizer(settings.training.optimizer)
         opt_state = sharding.make(optimize.init, params)
         out = make_folder(out, f"{settings.preset}-{model.attn}") if sharding.first() else aside()
@@ -55,6 +60,16 @@ def train(settings, out, mesh):
         run_steps(checkpoints.Checkpoint(0, settings, corpus.encoding, corpus.digest, params,
                                          opt_state), corpus, constants, out)
     return lock
+
+
+def with_network_of(settings, flags):
+    """Flags of a new run with a trained run's network; ValueError for flags of another one."""
+    own = {each.name for each in fields(ModelConfig)} - {"dtype", "remat"}
+    free = {each.name for each in FIELDS} - own - {"encoding"}
+    refuse_others(flags, free, "cannot be given with --init-from: network and encoding are that "
+                  "run's")
+    network = {name: value for name, value in asdict(settings.model).items() if name in own}
+    return dict(preset=settings.preset) | network | flags
 
 
 def resume(folder, flags, mesh):
@@ -217,10 +232,12 @@ def evaluate(settings, params, constants, corpus, count, step, metrics, watch):
 
 
 def save(out, metrics, state, best=None):
-    """A checkpoint, after the metrics of all steps before it are on disk."""
+    """A checkpoint, after the metrics of all steps before it are on disk; then a picture."""
     metrics.flush()
     os.fsync(metrics.fileno())
     checkpoints.save(out, state, best)
+    if sharding.first():
+        curves.renew(out)
 
 
 # --- What surrounds a run -----------------------------------------------------------------

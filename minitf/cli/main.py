@@ -11,20 +11,21 @@ from pathlib import Path
 import jax
 
 from ..config import FIELDS, GROUPS, Sampling, kind, resolve
-from ..errors import OutOfReach, Parser, require
+from ..errors import OutOfReach, Parser, look_up, require
 from ..network.fast import hardware
 from ..presets import PRESETS, untuned
 from ..theory.kernels import network_activation
-from ..training import sharding
-from . import inspection, loop, use
+from ..training import checkpoint, sharding
+from . import curves, figures, inspection, loop, use
 
-MODES = "out", "resume", "sample", "eval", "inspect", "plot", "compilation_cache", "mesh"
+MODES = ("out", "resume", "sample", "eval", "inspect", "curves", "figure", "plot", "log_axes",
+         "init_from", "compilation_cache", "mesh")
 PROCESSES = "coordinator", "process_id", "processes"
-WITHOUT = "sample", "eval", "inspect", "plot"                 # what needs no mesh
+WITHOUT = "sample", "eval", "inspect", "curves", "figure", "plot"    # what needs no mesh
 SAMPLING = [each.name for each in fields(Sampling)]
-COMMON = ("help help-all out resume sample eval inspect plot preset attn depth width heads length "
-          "gamma steps batch seed optimizer learning-rate accumulate mesh data val-data encoding "
-          "prompt tokens").split()             # what --help shows
+COMMON = ("help help-all out resume init-from sample eval inspect curves figure plot preset attn "
+          "depth width heads length steps batch seed optimizer learning-rate accumulate mesh data "
+          "val-data encoding prompt tokens").split()             # what --help shows
 
 
 def main(arguments=None):
@@ -66,7 +67,9 @@ def main(arguments=None):
 def act(modes, flags):
     """Does what the modes say, with the flags that it takes."""
     mesh, others = modes["mesh"], [modes[name] for name in ("out", "resume", "sample", "eval")]
-    require(not (modes["plot"] and any(others)), "plot goes with --inspect alone")
+    require(not (modes["plot"] and any(others)), "plot goes with --inspect, --curves or --figure")
+    require(not modes["init_from"] or not any(modes[name] for name in ("resume", *WITHOUT)),
+            "init-from is for a new run")
     if mesh is None and (jax.process_count() > 1 or not any(modes[name] for name in WITHOUT)):
         mesh = "all"
     if modes["resume"]:
@@ -77,20 +80,29 @@ def act(modes, flags):
     elif modes["eval"]:
         loop.refuse_others(flags, ["data"], "cannot be given with --eval")
         use.evaluate(modes["eval"], flags.get("data"), mesh)
+    elif modes["curves"]:
+        loop.refuse_others(flags, [], "cannot be given with --curves")
+        curves.compare(modes["curves"], modes["plot"], modes["log_axes"])
     elif isinstance(modes["inspect"], Path):
         loop.refuse_others(flags, [], "cannot be given with --inspect DIR")
         inspection.inspect_run(modes["inspect"], modes["plot"], mesh)
     else:
         names = ["preset", *(each.name for each in FIELDS)]
         loop.refuse_others(flags, names, "can only be given with --sample")
+        trained = checkpoint.newest(modes["init_from"])[0] if modes["init_from"] else None
+        if trained:
+            flags = loop.with_network_of(trained.settings, flags)
         settings = reachable(resolve(**flags, backend=hardware()))
         note = untuned(settings.preset, settings.flags)
         if note:
             print(note)
-        if modes["inspect"] or modes["plot"]:
+        if modes["figure"]:
+            require(modes["plot"], "--figure needs --plot FILE.png")
+            look_up(figures.FIGURES, modes["figure"], "figure")(settings, modes["plot"])
+        elif modes["inspect"] or modes["plot"]:
             inspection.inspect(settings, modes["plot"])
         else:
-            loop.train(settings, modes["out"], mesh)
+            loop.train(settings, modes["out"], mesh, trained)
 
 
 def prepare_streams():
@@ -159,8 +171,15 @@ def make_parser():
     where.add_argument("--inspect", nargs="?", type=Path, const=True, metavar="DIR",
                        help="train nothing: kernels and gradients by block, of a run beside its "
                        "start, or, without DIR, of a new network beside the prediction")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png",
-                        help="draw what --inspect shows; needs matplotlib")
+    where.add_argument("--curves", nargs="+", type=Path, metavar="DIR",
+                       help="draw the losses of runs into --plot")
+    where.add_argument("--figure", metavar="NAME", help="draw, of networks at their start, "
+                       f"{', '.join(figures.FIGURES)}")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="the picture of --inspect, "
+                        "--curves or --figure; needs matplotlib")
+    parser.add_argument("--log-axes", action="store_true", help="--curves: steps and losses")
+    parser.add_argument("--init-from", type=Path, metavar="DIR",
+                        help="begin with a run's network and weights, on any data")
     parser.add_argument("--compilation-cache", action=argparse.BooleanOptionalAction, default=True,
                         help="keep what is compiled for an accelerator in ~/.cache/minitf")
     parser.add_argument("--mesh", metavar="data=N,fsdp=N",

@@ -9,9 +9,9 @@ from ..training.encoding import END, byte_lengths, known
 from .progress import stream
 
 
-def read_corpus(settings):
+def read_corpus(settings, encoding=None):
     """(the Corpus of a new run, its Settings with the collision rate of these tokens)."""
-    corpus = data.load(settings.data, settings.model.length)
+    corpus = data.load(settings.data, settings.model.length, encoding)
     rate = data.token_collision_rate(corpus.train_counts)
     return corpus, resolve(settings.preset, rate, fast.hardware(), **settings.flags)
 

@@ -1,0 +1,243 @@
+"""Many runs of run.py, each a line of a file: seeds, a random search, the best of it at length.
+
+    python experiments/sweep.py run FILE "FLAGS" ... [--data DIR] [--seeds 0,1,2] [--together N]
+                                [--random N [--best K --then "FLAGS"]]
+    python experiments/sweep.py report FILE ... [--plot FILE.png]
+
+FLAGS are run.py's. What the file has is not repeated, and a run that was cut short goes on.
+--random N: of each FLAGS N trials, the first as it is, the others with rates, decay, pull and gamma
+drawn around it. --best K: the K best of them once more, with the flags of --then as well.
+--together N: so many at a time, each on a GPU of its own, or on its share of the cores.
+A report has means and spreads over seeds and, of searches, what the best of k trials comes to.
+"""
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from math import comb
+from pathlib import Path
+from queue import SimpleQueue
+
+import numpy as np
+from records import HERE, add, header, parser, read, row
+
+from minitf import __version__, resolve
+from minitf.cli import curves
+from minitf.cli.main import MODES, PROCESSES, make_parser
+
+# What a random search varies, each between its own value over this number and times it.
+FACTORS = dict(learning_rate=2, lr_mult_embed=2, lr_mult_qk=2, lr_mult_vo=2, weight_decay=4,
+               orthogonal_pull=4, gamma=4)
+
+
+def run(file, flags, data, seeds, random, best, then, together):
+    """Trains what `file` lacks; returns how many runs failed."""
+    asked = [parse(text) for text in flags]
+    failed = train_all(file, [
+        (dict(search=each, number=number) if random else {}, drawn(each, number) | dict(seed=seed))
+        for number in range(random or 1) for seed in seeds for each in asked], data, together)
+    if best:
+        searches = [sorted(group, key=loss)[:best] for group in searches_of(read(file)).values()]
+        failed += train_all(file, [({}, each["flags"] | parse(then))
+                                   for group in searches for each in group], data, together)
+    return failed
+
+
+def parse(text):
+    """FLAGS as a dict; argparse refuses what run.py does not know."""
+    given = vars(make_parser().parse_args(shlex.split(text)))
+    return {name: value for name, value in given.items() if name not in (*MODES, *PROCESSES)}
+
+
+def arguments(flags):
+    """A dict as run.py's arguments."""
+    def one(name, value):
+        name = name.replace("_", "-")
+        if isinstance(value, bool):
+            return f"--{name}" if value else f"--no-{name}"
+        return f"--{name}=" + (",".join(map(str, value)) if isinstance(value, (list, tuple))
+                               else str(value))
+    return [one(name, value) for name, value in flags.items()]
+
+
+def drawn(flags, number):
+    """Flags with the number-th multiples, log-uniform, of their own rates; 0: as they are."""
+    settings, changed = resolve(**flags), dict(flags)
+    values = vars(settings.model) | vars(settings.training)
+    random = np.random.default_rng(number)
+    for name, factor in FACTORS.items() if number else ():
+        times = factor ** random.uniform(-1, 1)
+        if name == "gamma" and settings.model.attn == "espa":
+            changed[name] = [float(f"{min(gamma * times, 100):.3g}") for gamma in values[name]]
+        elif name != "gamma" and values[name]:
+            changed[name] = float(f"{values[name] * times:.3g}")
+    if "orthogonal_pull" in changed:
+        changed["orthogonal_pull"] = min(changed["orthogonal_pull"], 1.0)
+    return changed
+
+
+def train_all(file, trials, data, together):
+    """Trains [(what else to record, flags)], in turn on each of so many places."""
+    done = {key(each["flags"]) for each in read(file)}
+    places = SimpleQueue()
+    for place in range(together):
+        places.put(place)
+
+    def one(trial):
+        also, flags = trial
+        place = places.get()
+        try:
+            return train(file, also, flags, data, place, together)
+        finally:
+            places.put(place)
+
+    missing = {key(flags): (also, flags) for also, flags in trials if key(flags) not in done}
+    pool = ThreadPoolExecutor(together)
+    try:
+        return sum(pool.map(one, missing.values()))
+    finally:
+        pool.shutdown(cancel_futures=True)                        # interrupted: no further ones
+
+
+def key(flags):
+    return json.dumps(flags, sort_keys=True)
+
+
+def folder_of(file, flags):
+    """Where a run is until it has ended."""
+    return file.with_suffix("") / hashlib.sha256(key(flags).encode()).hexdigest()[:12]
+
+
+def train(file, also, flags, data, place, together):
+    """One run, from where it stopped, in a folder beside `file`; a line there. True if it fails."""
+    folder = folder_of(file, flags)
+    steps, environment = resolve(**flags).training.steps, dict(os.environ)
+    if shutil.which("nvidia-smi"):
+        environment["CUDA_VISIBLE_DEVICES"] = str(place)
+    elif together > 1 and hasattr(os, "sched_setaffinity"):       # of this thread, and what it runs
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(os.getpid()))[place::together])
+    found = curves.summary(curves.read(folder)) if folder.exists() else dict(validation=[])
+    if [step for step, _ in found["validation"]][-1:] != [steps]:
+        begun = any(folder.glob("checkpoint-*.npz"))
+        where = ["--resume", folder] if begun else \
+            [*arguments(flags), *["--data", data] * bool(data), "--out", folder]
+        ended = subprocess.run([sys.executable, HERE.parent / "run.py", *where], env=environment,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if ended.returncode:
+            print(f"{shlex.join(arguments(flags))}: {ended.stderr.strip()}", flush=True)
+            return True
+    lines = curves.read(folder)
+    record = dict(flags=flags, **also, **measured(lines), revision=__version__)
+    add(file, **record)
+    shutil.rmtree(folder)
+    print(f"{shlex.join(arguments(flags))}: {loss(record):.3f}", flush=True)
+    return False
+
+
+def measured(lines):
+    """What is kept of a run, from its metrics."""
+    steps = [line for line in lines if "loss" in line]
+    norms = [line["grad_norm"] for line in steps]
+    last = [line for line in lines if "val_loss" in line][-1]
+    return dict(validation_loss=last["val_loss"], bits_per_byte=last["val_bits_per_byte"],
+                gradient_ratio=max(norms[500:], default=0) / norms[min(500, len(norms) - 1)],
+                tokens_per_second=float(np.median([line["tokens_per_second"] for line in steps])),
+                mean_square=last["mean_square"], **curves.summary(lines, 120))
+
+
+# --- What came out ----------------------------------------------------------------------
+
+def loss(record):
+    """The validation loss; what is not a number counts as the largest."""
+    return record["validation_loss"] if np.isfinite(record["validation_loss"]) else np.inf
+
+
+def searches_of(records):
+    """{what was varied: its trials}."""
+    groups = {}
+    for each in records:
+        if "search" in each:
+            groups.setdefault(key(each["search"]), []).append(each)
+    return groups
+
+
+def best_of(losses, k):
+    """The mean over all choices of k of these losses of the least one."""
+    ordered, n = sorted(losses), len(losses)
+    return sum(comb(n - 1 - i, k - 1) * each for i, each in enumerate(ordered)) / comb(n, k)
+
+
+def label(flags, others):
+    """The flags, but for those that all the others have too, and the seed."""
+    shared = [name for name in flags if all(name in each and each[name] == flags[name]
+                                            for each in others)]
+    shown = {name: value for name, value in flags.items() if name not in (*shared, "seed")}
+    return shlex.join(arguments(shown)) or "as they are"
+
+
+def report(files, plot):
+    """Prints tables as Markdown, and draws the mean over seeds of each line of the first."""
+    records = [each for file in files for each in read(file)]
+    groups, everyone = {}, [each["flags"] for each in records]
+    for each in records:
+        name = each.get("name")
+        alike = [other["flags"] for other in records if other.get("name") == name]
+        said = f"{name}: " * bool(name) + label(each["flags"], alike)
+        groups.setdefault(said, []).append(each)
+    ordered = sorted(groups.items(), key=lambda item: np.mean([*map(loss, item[1])]))
+    shared = everyone and {name: value for name, value in everyone[0].items()
+                           if all(each.get(name) == value for each in everyone)}
+    print(f"All: `{shlex.join(arguments(shared or {}))}`. Validation loss: the mean over seeds. "
+          "Gradient norm: the largest after step 500 over that at step 500.\n")
+    print(header("flags", "seeds", "validation loss", "spread", "gradient norm, see above"))
+    for name, group in ordered:
+        losses = [*map(loss, group)]
+        print(row(f"`{name}`", ", ".join(str(each["flags"].get("seed", 0)) for each in group),
+                  f"{np.mean(losses):.3f}", f"{max(losses) - min(losses):.3f}",
+                  ", ".join(f"{each.get('gradient_ratio', np.nan):.1f}" for each in group)))
+    for search, group in searches_of(records).items():
+        losses = [*map(loss, group)]
+        print(f"\nThe best of k of {len(group)} trials around `{label(json.loads(search), [])}`:\n")
+        counts = [k for k in (1, 2, 4, 8, 16, 32, 64) if k <= len(group)]
+        print(header("k", *counts))
+        print(row("loss", *(f"{best_of(losses, k):.3f}" for k in counts)))
+    if plot:
+        curves.draw({f"{name}: {np.mean([*map(loss, group)]):.3f}": mean_of(group)
+                     for name, group in ordered}, plot, True)
+
+
+def mean_of(group):
+    """What `curves.draw` takes, as a mean over runs of the same steps."""
+    same = [each for each in group if each["at"] == group[0]["at"]]
+    names = [name for name in ("loss", "grad_norm", "validation") if name in group[0]]
+    return dict(at=group[0]["at"]) | {
+        name: np.mean([each[name] for each in same], 0).tolist() for name in names}
+
+
+def main():
+    made = parser(__doc__)
+    made.add_argument("what", choices=("run", "report"))
+    made.add_argument("file", type=Path)
+    made.add_argument("more", nargs="*", metavar="FLAGS", help="or, of a report, further files")
+    made.add_argument("--data", help="as run.py's; it is not recorded")
+    made.add_argument("--seeds", type=lambda text: [*map(int, text.split(","))], default=[0])
+    for name, default in dict(random=0, best=0, together=1).items():
+        made.add_argument("--" + name, type=int, default=default, metavar="N")
+    made.add_argument("--then", default="", metavar="FLAGS")
+    made.add_argument("--plot", type=Path, metavar="FILE.png")
+    given = made.parse_args()
+    try:
+        if given.what == "report":
+            return report([given.file, *map(Path, given.more)], given.plot)
+        return bool(run(given.file, given.more, given.data, given.seeds, given.random, given.best,
+                        given.then, given.together))
+    except (ValueError, OSError) as error:
+        made.error(str(error))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

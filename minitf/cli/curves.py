@@ -1,0 +1,82 @@
+"""How runs went, as a picture: loss.png in a run's folder, and --curves DIR ... --plot FILE."""
+import json
+import time
+from contextlib import suppress
+
+import numpy as np
+
+from ..errors import require
+from .pictures import figure, save
+
+PARTS = 200                                # of a run's steps, each a point of its line
+SOON = 10                                  # seconds: of a run as young as that nothing is drawn
+
+
+def read(folder):
+    """The metrics of a run, a dict for each line; ValueError if the folder has none."""
+    try:
+        text = (folder / "metrics.jsonl").read_text()
+        return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{folder}/metrics.jsonl cannot be read: {reason}") from None
+
+
+def summary(lines, parts=PARTS):
+    """What is drawn of a run's metrics, from equal parts of its steps.
+
+    {"at": the last step of each part, "loss": means, "grad_norm": the largest of each part,
+    "validation": [[step, loss]]}; empty lists before the first step.
+    """
+    steps = [line for line in lines if "loss" in line]
+    each = np.array_split(np.arange(len(steps)), min(parts, len(steps)) or 1)
+    of_parts = lambda how, name: [float("%.4g" % how([steps[i][name] for i in part]))
+                                  for part in each if len(part)]
+    return dict(at=[steps[part[-1]]["step"] + 1 for part in each if len(part)],
+                loss=of_parts(np.mean, "loss"), grad_norm=of_parts(np.max, "grad_norm"),
+                validation=[[line["step"], line["val_loss"]] for line in lines
+                            if "val_loss" in line])
+
+
+def draw(runs, path, logarithmic=False, **axes):
+    """Losses above, gradient norms below; lines are of training, dots of validation.
+
+    Args:
+      runs: {label: dict as `summary` returns, perhaps without grad_norm}.
+      path: of the picture, a .png or what else matplotlib knows.
+      logarithmic: the axes of steps and of losses.
+      axes: what matplotlib's `set` takes, for the upper panel.
+    """
+    norms = any("grad_norm" in run for run in runs.values())
+    picture, panels = figure((9, 7), 1 + norms, 1, sharex=True, squeeze=False,
+                             height_ratios=(3, 1)[:1 + norms])
+    upper, lower, scale = panels[0, 0], panels[-1, 0], "log" if logarithmic else "linear"
+    for number, (label, run) in enumerate(runs.items()):
+        style = dict(color=f"C{number % 10}", lw=1, ls=("-", "--", ":")[number // 10 % 3])
+        upper.plot(run["at"], run["loss"], label=label, **style)
+        upper.plot(*zip(*run["validation"]), "o", ms=4, color=style["color"])
+        if "grad_norm" in run:
+            lower.semilogy(run["at"], run["grad_norm"], **style)
+    if norms:
+        lower.set(ylabel="largest gradient norm")
+    lower.set(xlabel="step", xscale=scale)
+    upper.set(**dict(ylabel="nats a token: training (lines), validation (dots)", yscale=scale,
+                     xscale=scale) | axes)
+    picture.legend(fontsize="small", loc="outside lower center", ncols=2)
+    upper.grid(alpha=0.3, which="both")
+    save(picture, path, format=path.suffix[1:].replace("part", "png"))
+
+
+def compare(folders, path, logarithmic):
+    """Draws several runs."""
+    require(path, "--curves needs --plot FILE.png")
+    draw({str(folder): summary(read(folder)) for folder in folders}, path, logarithmic)
+
+
+def renew(folder):
+    """loss.png of a run that is going on, if matplotlib is there. It never stops a run."""
+    with suppress(Exception):
+        if time.time() - (folder / "config.json").stat().st_mtime > SOON:
+            part = folder / "loss.png.part"
+            draw({folder.name: summary(read(folder))}, part)
+            part.replace(folder / "loss.png")

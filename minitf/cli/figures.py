@@ -1,0 +1,133 @@
+"""--figure NAME: pictures for a lecture, of networks at initialisation. Nothing is trained."""
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..config import resolve
+from ..network import model
+from ..network.operations import REFERENCE
+from ..theory import activations
+from ..theory.families import FAMILIES
+from ..theory.kernels import attention_constants
+from .inspection import COLUMNS, initialise, read_windows, report
+from .pictures import draw_prediction, draw_reports, figure, save
+
+SHOWN, LEAST = 64, 1e-4                    # of an attention matrix: positions, smallest entry
+
+
+def reports_by_family(settings):
+    """{"espa, measured": the report of settings with this attention, ...}."""
+    settings, *text = read_windows(settings)
+    return {f"{name}, measured": report(settings.replace(attn=name, identity_skip=False), *text)
+            for name in FAMILIES}
+
+
+def rank_collapse(settings, path):
+    """Mean cosine and effective rank of the tokens by depth, for each attention family."""
+    picture, panels = figure((11, 4.5), 1, 2)
+    for axis, name in zip(panels, ("mean cosine", "effective rank")):
+        axis.set(xlabel="block", ylabel=name, yscale="linear" if "cosine" in name else "log")
+    for number, (label, out) in enumerate(reports_by_family(settings).items()):
+        for axis, name in zip(panels, ("mean cosine", "effective rank")):
+            draw_prediction(axis, out, name, label, f"C{number}-")
+    panels[0].legend(fontsize="small")
+    save(picture, path)
+
+
+def kernels(settings, path):
+    """All families' kernels at four depths, predicted beside measured."""
+    draw_reports(reports_by_family(settings), COLUMNS, path)
+
+
+def c_maps(settings, path):
+    """C_f of the MLPs of the whole depth: activations as they are, and solved by DKS and by TAT."""
+    c, depth = np.linspace(-1, 1, 201), max(settings.model.depth, 12)      # eta 0.9 needs some
+    picture, panels = figure((12, 4), 1, 3, sharey=True)
+    for axis, act in zip(panels, ("leaky_relu", "gelu", "tanh")):
+        for transform, style in (("none", "C7"), ("dks", "C0"), ("tat", "C3")):
+            phi = activations.solve(act, transform, depth)
+            for blocks, line, label in ((1, ":", f"{transform}, one"), (depth, "-", transform)):
+                axis.plot(c, activations.network_correlation(phi.correlation_map, c, blocks, 0, 1),
+                          style + line, label=label)
+        axis.set(title=act, xlabel="cosine of two tokens",
+                 ylabel=f"after one MLP (dots), after {depth}")
+        axis.legend(fontsize="small")
+    save(picture, path)
+
+
+def attention(settings, path):
+    """A of the first and the last head at four depths, as it is at the start."""
+    config, shown = settings.model, min(settings.model.length, SHOWN)
+    constants, family = attention_constants(config), FAMILIES[config.attn]
+    positions = np.arange(shown)
+    picture, panels = figure((13, 6.4), 2, 4)
+    for column, layer in zip(panels.T, np.linspace(0, config.depth - 1, 4).astype(int)):
+        own = {name: table[layer] for name, table in constants.items()}
+        bias = family.bias_rows(own, positions[:, None], positions) + np.zeros((1, shown, shown))
+        weights = np.exp(bias) * np.tri(shown)
+        matrices = weights / weights.sum(-1, keepdims=True)
+        if "row_scale" in own:
+            matrices = matrices * own["row_scale"][:, :shown, None]
+        for axis, head in zip(column, (0, -1)):
+            image = axis.imshow(np.maximum(matrices[head], LEAST), cmap="gray_r",
+                                norm="log", vmin=LEAST, vmax=1)
+            axis.set(title=f"block {layer + 1}, {'first' if head == 0 else 'last'} head",
+                     xlabel="key", ylabel="query")
+    picture.colorbar(image, ax=panels, label="A = D softmax(B)", shrink=0.6)
+    save(picture, path)
+
+
+def jacobian(settings, path):
+    """The effective rank of a token's Jacobian by depth, of each preset at this size."""
+    size = {name: getattr(settings.model, name) for name in ("depth", "width", "heads", "length")}
+    picture, axis = figure((7, 4.5))
+    for number, preset in enumerate(("isometric", "paper", "normless", "preln")):
+        config = resolve(preset, **size).model
+        params = initialise(jax.random.key(settings.training.seed), config, 2)
+        x = jax.random.normal(jax.random.key(1), (config.length, config.width))
+        found = jacobians(params, attention_constants(config), x, config)[0]
+        ranks = participation_ratio(singular_values(found))
+        axis.plot(np.arange(len(ranks)) + 1, ranks, f"C{number}-", label=preset)
+    axis.set(xlabel="block", ylabel="effective rank of the Jacobian", yscale="log",
+             title=f"width {config.width}")
+    axis.legend()
+    save(picture, path)
+
+
+@partial(jax.jit, static_argnames="config")
+def jacobians(params, constants, x, config):
+    """x (T, d) -> J_1, ..., J_L and those of each block's sublayers, attention and MLP: (L, d, d).
+
+    J_l is the derivative of the last position after block l by its own embedding.
+    """
+    def step(carry, layer):
+        (x, whole), (weights, constants) = carry, layer
+        attend = lambda x: model.attention_sublayer(x, weights, constants, config, REFERENCE)
+        mlp = lambda x: model.mlp_sublayer(x, weights, config, REFERENCE)
+        first, second = of_last(attend, x), of_last(mlp, attend(x))
+        whole = second @ first @ whole
+        return (mlp(attend(x)), whole), (whole, first, second)
+
+    return jax.lax.scan(step, (x, jnp.eye(config.width)),
+                        model.layers(params, constants, config))[1]
+
+
+def of_last(sublayer, x):
+    """The derivative of the last row of sublayer(x) by the last row of x, (d, d)."""
+    return jax.jacrev(lambda last: sublayer(x.at[-1].set(last))[-1])(x[-1])
+
+
+def singular_values(matrices):
+    """(..., d, d) -> (..., d), largest first."""
+    return np.linalg.svd(np.asarray(matrices, float), compute_uv=False)
+
+
+def participation_ratio(s):
+    """(sum s^2)^2 / sum s^4, (..., d) -> (...): d where all are equal, 1 where one is all."""
+    return (s**2).sum(-1)**2 / (s**4).sum(-1)
+
+
+FIGURES = {"rank-collapse": rank_collapse, "kernels": kernels, "c-maps": c_maps,
+           "jacobian": jacobian, "attention": attention}

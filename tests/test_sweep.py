@@ -1,0 +1,140 @@
+"""Several runs: what a sweep draws, takes up again and says of them; their pictures."""
+import itertools
+import json
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+import sweep
+from hypothesis import given, strategies as st
+
+from minitf import resolve
+from minitf.cli import curves
+from minitf.cli.main import main
+from minitf.training import checkpoint
+
+TINY = "--depth 2 --width 8 --heads 2 --length 8 --batch 2 --steps 4 --save-every 2"
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """run.py in this process; the arguments of each run."""
+    made = []
+
+    def run(arguments, **_):
+        made.append([*map(str, arguments[2:])])
+        main(made[-1])
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(sweep.subprocess, "run", run)
+    monkeypatch.setattr("minitf.cli.loop.show_sample", lambda *_: None)
+    return made
+
+
+def asked(tmp_path, **others):
+    """The sweep that the tests ask for; how many runs failed."""
+    return sweep.run(**dict(file=tmp_path / "runs.jsonl", flags=[TINY], data=None, seeds=[0],
+                            random=2, best=1, then="--steps 6", together=1) | others)
+
+
+def test_a_search_goes_on_where_it_was_killed(tmp_path, calls, monkeypatch, capsys):
+    """Killed between a run's end and its record: it is not trained again. Killed amid a run: what
+    is left of it is taken up, and the record is that of a run never stopped.
+    """
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "add", killed)
+        with pytest.raises(KeyboardInterrupt):
+            asked(tmp_path)
+    assert asked(tmp_path) == 0
+    assert len(calls) == 3                                # the second trial, and the best at length
+    records = sweep.read(tmp_path / "runs.jsonl")
+    first, second, longer = records
+    best = min(first, second, key=sweep.loss)
+    assert longer["flags"] == best["flags"] | dict(steps=6)
+    assert first["number"] == 0 and first["flags"] == sweep.parse(TINY) | dict(seed=0)
+    assert asked(tmp_path) == 0 and len(calls) == 3       # nothing is repeated
+
+    kept = json.dumps(first | dict(tokens_per_second=0))
+    (tmp_path / "runs.jsonl").unlink()
+    folder = tmp_path / "runs" / "half"
+    main([*sweep.arguments(first["flags"]), "--out", str(folder)])
+    (folder / "checkpoint-00000004.npz").unlink()
+    lines = curves.read(folder)
+    until = next(i for i, line in enumerate(lines) if "loss" in line and line["step"] == 2)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:until]))
+    monkeypatch.setattr(sweep, "folder_of", lambda *_: folder)
+    assert asked(tmp_path, random=0, best=0) == 0
+    assert calls[-1] == ["--resume", str(folder)] and not folder.exists()
+    record, = sweep.read(tmp_path / "runs.jsonl")
+    assert record["validation_loss"] == first["validation_loss"] and record["loss"] == first["loss"]
+    assert json.loads(kept)["flags"] == record["flags"]
+    sweep.report([tmp_path / "runs.jsonl"], None)
+    assert f"{record['validation_loss']:.3f}" in capsys.readouterr().out
+
+
+@given(st.sampled_from(["isometric", "preln", "paper"]), st.integers(1, 1000))
+def test_a_trial_is_drawn_around_the_presets_own_rates(preset, number):
+    """Each value within its factor, the same again for the same number; what is 0 stays 0."""
+    flags = dict(preset=preset, depth=2)
+    drawn, own = sweep.drawn(flags, number), resolve(**flags)
+    assert drawn == sweep.drawn(flags, number) and sweep.drawn(flags, 0) == flags
+    values = vars(own.model) | vars(own.training)
+    changed = resolve(**sweep.parse(" ".join(sweep.arguments(drawn))))
+    for name, factor in sweep.FACTORS.items():
+        value = (vars(changed.model) | vars(changed.training))[name]
+        before, after = np.atleast_1d(values[name]), np.atleast_1d(value)
+        assert np.all(after <= before * factor * 1.01) and np.all(after >= before / factor / 1.01)
+    assert drawn["learning_rate"] != own.training.learning_rate
+
+
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=7), st.integers(1, 7))
+def test_the_best_of_k_is_the_mean_over_all_choices(losses, k):
+    k = min(k, len(losses))
+    each = [min(choice) for choice in itertools.combinations(losses, k)]
+    assert sweep.best_of(losses, k) == pytest.approx(np.mean(each), abs=1e-12)
+
+
+def test_the_tables_that_are_kept_can_be_printed(capsys):
+    for name in ("trials", "laptop", "ladder"):
+        sweep.report([sweep.HERE / f"{name}.jsonl"], None)
+    assert "isometric" in capsys.readouterr().out
+
+
+def test_a_run_begins_with_anothers_weights(tmp_path, monkeypatch, capsys):
+    """Its network and its first loss are the other's; flags of another network are refused."""
+    monkeypatch.setattr("minitf.cli.loop.show_sample", lambda *_: None)
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    main([*TINY.split(), "--preset", "preln", "--steps", "60", "--out", first])
+    more = "--steps", "3", "--batch", "2", "--learning-rate", "1e-9"
+    main(["--init-from", first, *more, "--out", second])
+    trained, further = (checkpoint.newest(folder)[0] for folder in (first, second))
+    assert further.settings.model == trained.settings.model and further.step == 3
+    for one, other in zip(*map(jax.tree.leaves, (trained.params, further.params))):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+    for wrong in (["--width", "16"], ["--preset", "paper"], ["--encoding", "gpt2"]):
+        with pytest.raises(SystemExit) as end:
+            main(["--init-from", first, *wrong])
+        assert end.value.code == 2 and "--init-from" in capsys.readouterr().err
+
+
+def test_curves_of_runs(tmp_path, monkeypatch, capsys):
+    """A picture in a run's own folder, and one of several runs; what is wrong in a line."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(curves, "SOON", -1)
+    folder, picture = str(tmp_path / "run"), tmp_path / "both.png"
+    main([*TINY.split(), "--out", folder])
+    begins = (tmp_path / "run" / "loss.png").read_bytes()[:4]
+    main(["--curves", folder, folder, "--plot", str(picture), "--log-axes"])
+    assert begins == picture.read_bytes()[:4] == b"\x89PNG"
+    for name in ("c-maps", "attention", "rank-collapse"):
+        main(["--figure", name, *TINY.split()[:8], "--plot", str(tmp_path / f"{name}.png")])
+        assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    for arguments, said in (([folder], "--plot"), ([str(tmp_path), "--plot", "a.png"], "metrics"),
+                            ([folder, "--plot", str(tmp_path / "a.xyz")], "cannot write")):
+        with pytest.raises(SystemExit) as end:
+            main(["--curves", *arguments])
+        assert end.value.code == 2 and said in capsys.readouterr().err
