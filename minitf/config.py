@@ -146,9 +146,11 @@ class TrainingConfig(Checked):
     lr_mult_vo: float = flag("additions", "times the learning rate: values and outputs", above=0)
     weight_decay: float = flag("additions", "decoupled, times the group's learning rate", low=0)
     decay_groups: str = flag("additions", "whose matrices decay, of qk,vo,mlp")
-    orthogonal_pull: float = flag("additions", "share by which a step brings matrices back to "
-                                  "orthogonal ones", low=0, high=1)
-    pull_groups: str = flag("additions", "which matrices, of qk,vo,mlp (default: mlp)")
+    lr_mult_path: float = flag("additions", "times the learning rate: what changes the products "
+                               "W^V W^O and W_1 W_2 (default: 1)", low=0)
+    orthogonal_pull: float = flag("additions", "share by which a step brings these products back "
+                                  "to rotations", low=0, high=1)
+    pull_groups: str = flag("additions", "which products, of vo,mlp (default: vo,mlp)")
 
     @property
     def at_once(self):
@@ -161,9 +163,10 @@ class TrainingConfig(Checked):
                 f"warmup must be below steps, {self.steps}, not {self.warmup}")
         require(self.batch % self.accumulate == 0,
                 f"accumulate must divide batch, {self.batch}, not be {self.accumulate}")
-        for name in ("decay_groups", "pull_groups"):
+        allowed = dict(decay_groups=("qk", "vo", "mlp"), pull_groups=("vo", "mlp"))
+        for name, groups in allowed.items():
             for group in filter(None, getattr(self, name).split(",")):
-                require_one_of(("qk", "vo", "mlp"), group, name)
+                require_one_of(groups, group, name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,8 +198,8 @@ FIELDS = (*fields(ModelConfig), *fields(TrainingConfig), *fields(DataConfig))
 # Of what neither a flag nor the preset says.
 DEFAULTS = dict(depth=36, width=64, heads=4, length=64, rho=0.8, eta=0.9, zeta=1.5, tau=0.3,
                 position="rope", row_scale="unit", identity_skip=False, remat=False,
-                steps=400, batch=16, accumulate=1, seed=0, weight_decay=0.0, orthogonal_pull=0.0,
-                pull_groups="mlp", data=None, val_data=None, encoding=None)
+                steps=400, batch=16, accumulate=1, seed=0, weight_decay=0.0, lr_mult_path=1.0,
+                orthogonal_pull=0.0, pull_groups="vo,mlp", data=None, val_data=None, encoding=None)
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ PRESETS = {
     "isometric": dict(
         attn="espa", alpha=0.0, beta=1.0, norm="none", act="gelu", transform="none",
         init="orthogonal", mlp_init="looks_linear", head_init="zero",
-        optimizer="muon", orthogonal_pull=0.2, weight_decay=0.1,
-        rates=dict(muon=Rates(6e-4, 64.0, 16.0, 0.5, "qk,vo"),
-                   adamw=Rates(1.5e-4, 256.0, 16.0, 0.5)),
+        optimizer="muon", lr_mult_path=0.1, orthogonal_pull=0.2, weight_decay=0.1,
+        rates=dict(muon=Rates(6e-4, 64.0, 16.0, 8.0, "qk,vo"),
+                   adamw=Rates(1.5e-4, 256.0, 16.0, 8.0)),
         depth_power=0.5),
     # He et al. (ICLR 2023). Not known to us: their positions, head, schedule, batch, width, weight
     # decay and rates. 16 for embeddings and head is the best of a few multiples that we tried.
@@ -40,11 +40,12 @@ PRESETS = {
         init="orthogonal", mlp_init="orthogonal", head_init="zero",
         optimizer="muon", weight_decay=0.1,
         rates=dict(muon=Rates(2e-3, 32.0, 4.0, 0.5), adamw=Rates(2e-3, 64.0, 4.0, 0.5))),
-    # Isometric with ReLU, but what E-SPA's softmax keeps of the own token goes past it: a skip.
+    # Isometric, but what E-SPA's softmax keeps of the own token goes past it: a skip.
     "identity-skip": dict(
-        attn="espa", identity_skip=True, alpha=0.0, beta=1.0, norm="none", act="relu",
+        attn="espa", identity_skip=True, alpha=0.0, beta=1.0, norm="none", act="gelu",
         transform="none", init="orthogonal", mlp_init="looks_linear", head_init="zero",
-        optimizer="muon", orthogonal_pull=0.2, weight_decay=0.1,
+        optimizer="muon", lr_mult_path=0.1, orthogonal_pull=0.2, pull_groups="mlp",
+        weight_decay=0.1,
         rates=dict(muon=Rates(3e-4, 270.0, 16.0, 11.0, "qk,vo"),
                    adamw=Rates(2e-4, 512.0, 18.0, 12.0)),
         depth_power=0.5),

@@ -151,7 +151,7 @@ def test_whole_networks_that_look_linear_make_the_prescribed_kernels(attn, seed,
     dict(), dict(gamma=(0.02, 0.8, 0.1, 0.5)), dict(row_scale="row-sum", gamma=0.005),
     dict(mlp_init="orthogonal", dtype="bfloat16")], ids=str)
 def test_an_identity_skip_is_the_same_network_folded(flags):
-    """With W^V W^O = I, X^ = (c I + P) X / n is A X / n: the logits of isometric with ReLU.
+    """With W^V W^O = I, X^ = (c I + P) X / n is A X / n: the logits of isometric.
 
     They are those of the same parameters without the skip, to the rounding of each block's
     products. The skip is not zero, and after a step of training it is another network.
@@ -159,7 +159,7 @@ def test_an_identity_skip_is_the_same_network_folded(flags):
     skipping = resolve("identity-skip", 0.1, depth=4, width=D, heads=4, length=T, **flags)
     folded = skipping.replace(identity_skip=False)
     assert folded.model == resolve("isometric", 0.1, depth=4, width=D, heads=4, length=T,
-                                   act="relu", **flags).model
+                                   **flags).model
     params = init(jax.random.key(0), compiled_as(skipping.model), V)
     params["head"] = jax.random.normal(jax.random.key(1), params["head"].shape)
     product = np.einsum("lij,ljk->lik", params["blocks"]["value"], params["blocks"]["output"])

@@ -104,7 +104,8 @@ OTHERS = dict(                                             # two values each: on
     steps=(1000, 400), batch=(3, 16), accumulate=(4, 1), seed=(5, 0), optimizer=("muon", "adamw"),
     learning_rate=(0.123, 1.0), warmup=(7, 20), save_every=(9, 80), lr_mult_embed=(3.3, 1.0),
     lr_mult_qk=(3.3, 1.0), lr_mult_vo=(3.3, 1.0), weight_decay=(0.77, 0.0),
-    decay_groups=("vo", "qk"), orthogonal_pull=(0.77, 0.0), pull_groups=("qk", "vo"),
+    decay_groups=("vo", "qk"), orthogonal_pull=(0.77, 0.0), pull_groups=("mlp", "vo"),
+    lr_mult_path=(0.77, 1.0),
     data=("a", None), val_data=("b", None), encoding=("c", None))
 NOT_ALLOWED = {
     ("identity-skip", "alpha"): "identity-skip needs", ("identity-skip", "attn"): "needs attn espa",
@@ -208,7 +209,7 @@ def settings_of(monkeypatch, capsys):
     """(the settings that main would train with given arguments, what it prints before)"""
     def settings_of(line):
         found = []
-        monkeypatch.setattr(loop, "train", lambda settings, out, mesh: found.append(settings))
+        monkeypatch.setattr(loop, "train", lambda settings, *_: found.append(settings))
         main(line.split())
         return found[0], capsys.readouterr().out
     return settings_of

@@ -43,7 +43,7 @@ def kernels(settings, path):
 
 def c_maps(settings, path):
     """C_f of the MLPs of the whole depth: activations as they are, and solved by DKS and by TAT."""
-    c, depth = np.linspace(-1, 1, 201), max(settings.model.depth, 12)      # eta 0.9 needs some
+    c, depth = np.linspace(-1, 1, 201), max(settings.model.depth, 16)      # eta 0.9 needs some
     picture, panels = figure((12, 4), 1, 3, sharey=True)
     for axis, act in zip(panels, ("leaky_relu", "gelu", "tanh")):
         for transform, style in (("none", "C7"), ("dks", "C0"), ("tat", "C3")):

@@ -162,16 +162,16 @@ def report(settings, tokens, vocabulary):
     if expected[0] is None:
         return out
     named = {f"predicted {name}": value for name, value in describe(np.array(expected)).items()}
-    drawn = np.array([predicted(drawn_kernel(window, config.width), n, config)
-                      for window in tokens])
+    drawn = np.array([predicted(drawn_kernel(tokens[i % len(tokens)], config.width, i), n, config)
+                      for i in range(INITIALISATIONS)])
     return out | named | {"predicted kernels": expected[0],
                           "predicted effective rank": effective_rank(drawn).mean(0)}
 
 
-def drawn_kernel(tokens, width):
+def drawn_kernel(tokens, width, seed):
     """X X^T / d of random embeddings: of finite width they are not quite orthogonal."""
     distinct, of_token = np.unique(tokens, return_inverse=True)
-    x = np.random.default_rng(0).normal(size=(len(distinct), width))[of_token]
+    x = np.random.default_rng(seed).normal(size=(len(distinct), width))[of_token]
     return x @ x.T / width
 
 

@@ -169,22 +169,22 @@ def make_parser():
     }.items():
         where.add_argument("--" + name, type=Path, metavar="DIR", help=text)
     where.add_argument("--inspect", nargs="?", type=Path, const=True, metavar="DIR",
-                       help="train nothing: kernels and gradients by block, of a run beside its "
-                       "start, or, without DIR, of a new network beside the prediction")
+                       help="kernels and gradients by block, of a run beside its start; without "
+                       "DIR of a new network, beside the prediction")
     where.add_argument("--curves", nargs="+", type=Path, metavar="DIR",
                        help="draw the losses of runs into --plot")
     where.add_argument("--figure", metavar="NAME", help="draw, of networks at their start, "
                        f"{', '.join(figures.FIGURES)}")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="the picture of --inspect, "
-                        "--curves or --figure; needs matplotlib")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png",
+                        help="where to draw it; by matplotlib")
     parser.add_argument("--log-axes", action="store_true", help="--curves: steps and losses")
     parser.add_argument("--init-from", type=Path, metavar="DIR",
                         help="begin with a run's network and weights, on any data")
     parser.add_argument("--compilation-cache", action=argparse.BooleanOptionalAction, default=True,
                         help="keep what is compiled for an accelerator in ~/.cache/minitf")
     parser.add_argument("--mesh", metavar="data=N,fsdp=N",
-                        help="devices that share each batch (data), and the parameters too (fsdp); "
-                        "default: all, on data, for training, one for all else")
+                        help="devices that share each batch (data), and the parameters (fsdp); "
+                        "default: to train, all on data")
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="one run by several processes: "
                         "where the first is; auto: as Slurm, Kubernetes or a TPU pod say")
     for name, text in ("process-id", "which one this is, from 0"), ("processes", "how many"):

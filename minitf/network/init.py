@@ -14,8 +14,7 @@ KEYS = ("query", "up", "down", "key", "value", "output", "head", "embed", "posit
 def init(key, config, vocabulary):
     """The parameters of a ModelConfig for so many tokens: a nested dict of arrays."""
     d, depth, keys = config.width, config.depth, dict(zip(KEYS, jax.random.split(key, len(KEYS))))
-    # Unweighted skips add up 2 L branches: GPT-2 (Radford et al. 2019) starts each at 1/sqrt(2 L).
-    branch = (2 * depth)**-0.5 if config.alpha == config.beta == 1 else 1.0
+    branch = branch_scale(config)
     matrices, family = MATRIX_INITS[config.init], FAMILIES[config.attn]
     query = gaussian_matrices(keys["query"], depth, d, d)
     blocks = {
@@ -44,6 +43,18 @@ def init(key, config, vocabulary):
     if config.position == "learned":
         params["position"] = jax.random.normal(keys["position"], (config.length, d))
     return params
+
+
+def branch_scale(config):
+    """Of W^O and W_2. Unweighted skips add up 2 L branches: GPT-2 starts each at (2 L)^-1/2."""
+    return (2 * config.depth)**-0.5 if config.alpha == config.beta == 1 else 1.0
+
+
+def path_sizes(config):
+    """{group: root of the mean square singular value} of W^V W^O and of W_1 W_2 at the start."""
+    linear = config.mlp_init == "looks_linear"
+    mlp = 2 / network_activation(config).odd_slope() if linear else 1.0
+    return {"vo": branch_scale(config), "mlp": branch_scale(config) * mlp}
 
 
 def gaussian_matrices(key, depth, fan_in, fan_out):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ..network.init import path_sizes
 from ..theory.families import identity_parts
 from . import sharding
 
@@ -22,23 +23,27 @@ GROUPS = {
     "up": "mlp", "down": "mlp",
 }
 MATRIX_GROUPS = "qk", "vo", "mlp"
+# What a token passes on of itself through a block is linear but for the nonlinear part of phi:
+# x W^V W^O, and m/2 x W_1 W_2, as phi^(z) = m/2 z + an even function. The pairs by group.
+LINEAR_PATH = {"vo": ("value", "output"), "mlp": ("up", "down")}
 
 
 def make_optimizer(name, dtype="float32"):
-    """Clipping at norm 1, then Muon or AdamW, rates and decay by group, and a pull.
+    """Clipping at norm 1, then Muon or AdamW, rates and decay by group, the linear path held.
 
     dtype: of Muon's matrix products; states and everything else are float32.
     update() is also given rates, those of `group_rates`, and learning_rate, that of the step.
     """
     return optax.chain(optax.clip_by_global_norm(1.0), OPTIMIZERS[name](dtype), decay_by_group(),
-                       scale_by_group(), pull_to_orthogonal())
+                       scale_by_group(), hold_linear_path())
 
 
 def group_rates(training, model):
     """What is tuned, as a pytree of numbers, so that trials need no new compilation.
 
-    {"learning_rate", "weight_decay", "orthogonal_pull": {group: number or (L, 1, 1)}}. The first
-    multiplies the step's learning rate; a group that is missing in the others has none.
+    {"learning_rate", "weight_decay": {group: number or (L, 1, 1)}, "linear_path": {group: what
+    `held` takes}}. The first multiplies the step's learning rate; a group that is missing in the
+    second does not decay, one that is missing in the third is not held.
     """
     qk = vo = 1.0
     if model.identity_skip:
@@ -51,7 +56,12 @@ def group_rates(training, model):
                               "qk": np.float32(training.lr_mult_qk * qk),
                               "vo": np.float32(training.lr_mult_vo * vo)},
             "weight_decay": listed(training.decay_groups, training.weight_decay),
-            "orthogonal_pull": listed(training.pull_groups, training.orthogonal_pull)}
+            "linear_path": {
+                group: jax.tree.map(np.float32, dict(
+                    pull=training.orthogonal_pull, rate=training.lr_mult_path, size=size))
+                for group, size in path_sizes(model).items()
+                if group in training.pull_groups.split(",")
+                and (training.orthogonal_pull > 0 or training.lr_mult_path != 1)}}
 
 
 def learning_rate(training, step):
@@ -121,29 +131,37 @@ def scale_by_group():
     return for_each_parameter(update)
 
 
-def pull_to_orthogonal():
-    """A share of the way back to orthogonal matrices, for the groups that are pulled.
+def hold_linear_path():
+    """Slows what changes W^V W^O and W_1 W_2, and pulls both back to rotations.
 
-    Training spreads their singular values, and a network without skips multiplies the spreads.
+    A network without skips multiplies these products, and so the spreads of their singular values.
     """
-    def update(group, u, w, rates, learning_rate):
-        pull = rates["orthogonal_pull"].get(group)
-        if pull is None:
-            return u
-        return u + pull * sharding.one_matrix_a_device(newton_schulz_pull, w)
-    return for_each_parameter(update)
+    def update(updates, state, params, rates, learning_rate):
+        blocks, weights = dict(updates["blocks"]), params["blocks"]
+        for group, how in rates["linear_path"].items():
+            names = LINEAR_PATH[group]
+            pairs = [[tree[name] for name in names] for tree in (weights, blocks)]
+            new = sharding.one_matrix_a_device(lambda pairs: held(*pairs, **how), pairs)
+            blocks |= dict(zip(names, new[1]))
+        return updates | {"blocks": blocks}, state
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-def newton_schulz_pull(w):
-    """From matrices (L, in, out) nearly c Q, Q orthogonal, to it: (1 - W W^T / c^2) W / 2.
+def held(weights, updates, pull, rate, size):
+    """(weights, updates), the latter such that the product W = w1 w2 changes
 
-    A Newton-Schulz step; c^2 is the mean of the squared singular values.
+    by `rate` times as much as it would, and by `pull` of the way from nearly size Q, Q orthogonal,
+    to it, a Newton-Schulz step: (1 - W W^T / size^2) W / 2. To first order, and exactly where w1
+    (L, d, n) and w2 (L, n, d) are multiples of orthogonal matrices.
     """
-    def off(gram):
-        size = gram.shape[-1] / jnp.trace(gram, axis1=1, axis2=2)
-        return jnp.eye(gram.shape[-1]) - gram * size[:, None, None]
-
-    return times_gram(w, off) / 2
+    (w1, w2), (u1, u2) = weights, updates
+    t = lambda matrices: jnp.swapaxes(matrices, 1, 2)
+    square = lambda matrices: jnp.square(matrices).sum((1, 2), keepdims=True) / w1.shape[1]
+    product = w1 @ w2
+    change = (rate - 1) * (u1 @ w2 + w1 @ u2)
+    change += pull * (product - product @ (t(product) @ product) / size**2) / 2
+    return weights, [u1 + change @ t(w2) / (2 * square(w2)),
+                     u2 + t(w1) @ change / (2 * square(w1))]
 
 
 def for_each_parameter(update):

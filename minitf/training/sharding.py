@@ -188,7 +188,7 @@ def whole(tree):
 
 
 def one_matrix_a_device(function, x):
-    """function(x (L, in, out)), of which each device computes its share of the L matrices."""
+    """function(x), x of arrays (L, in, out): each device computes its share of the L matrices."""
     ways = P("fsdp"), P(("fsdp", "data"))          # first an all-to-all, then each takes its part
     for way in ways:
         x = constrain(x, way)
