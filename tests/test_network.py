@@ -17,7 +17,7 @@ from networks import (D, EPS32, PRESCRIBED, SILENT, T, V, attention_stack, block
                       random_tokens, seeds, small, states, stirred)
 
 from minitf import resolve
-from minitf.network import model
+from minitf.network import decode, model
 from minitf.network.init import MLP_INITS, init as make_parameters
 from minitf.network.operations import REFERENCE
 from minitf.presets import PRESETS
@@ -242,3 +242,38 @@ def test_bfloat16_stays_bfloat16(preset, act, transform):
         params, tokens)
     kinds = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
     assert kinds(gradients) == kinds(params)
+
+
+@given(seeds, st.integers(1, T))
+def test_a_shorter_sequence_gives_what_its_beginning_gives(seed, length):
+    """Lists too: later tokens change nothing before them, bit for bit."""
+    config, params, constants = network("espa", seed % 8)
+    params, tokens = stirred(params, seed, 0.05), random_tokens(seed)
+    whole = np.asarray(model.forward(params, constants, tokens, config))
+    part = np.asarray(model.forward(params, constants, tokens[:length].tolist(), config))
+    padded = np.where(np.arange(T) < length, tokens, 0)
+    assert np.array_equal(part, np.asarray(model.forward(params, constants, padded, config))[:length])
+    assert np.allclose(part, whole[:length], atol=1e-4) and part.shape == (length, V)
+
+
+@pytest.mark.parametrize("tokens", [[], [[]], [0] * (T + 1), [-1], [V], [0.5], "ab", [[[1]]],
+                                    [[1, 2], [3]], np.zeros((2, 0), int), None], ids=str)
+def test_what_are_no_tokens_is_refused(tokens):
+    """By forward, and but for what is only long by sampling; by their other arguments as well."""
+    config, params, constants = network("espa", 0)
+    with pytest.raises(ValueError):
+        model.forward(params, constants, tokens, config)
+    if tokens is not None and len(tokens) <= T:
+        with pytest.raises(ValueError):
+            decode.sample(params, constants, tokens, 1, config)
+
+
+@pytest.mark.parametrize("wrong", [dict(count=0), dict(count=1.5), dict(temperature=-1),
+                                   dict(temperature=np.nan), dict(top_k=0), dict(seed=-1)], ids=str)
+def test_no_sampling_is_refused_late(wrong):
+    config, params, constants = network("espa", 0)
+    with pytest.raises(ValueError):
+        decode.sample(params, constants, [1], **{"count": 1, "config": config} | wrong)
+    for vocabulary in (0, -1, 2.5, None):
+        with pytest.raises(ValueError):
+            make_parameters(jax.random.key(0), config, vocabulary)

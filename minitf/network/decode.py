@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..config import Sampling
 from ..errors import require
 from . import model, operations
 from .operations import REFERENCE
@@ -76,14 +77,23 @@ def draw(key, step, logits, temperature, top_k=None, known=True):
 
 def sample(params, constants, tokens, count, config, seed=0, temperature=1.0, top_k=None,
            known=True):
-    """Yields `count` tokens drawn after the given ones (a list, not empty).
+    """An iterator of `count` tokens drawn after the given ones (a list, not empty).
 
-    known: which tokens may be drawn, (V,) of bool. No position beyond the training length is
+    temperature: at least 0. top_k: None: all. ValueError for what is not allowed. known: which tokens may be drawn, (V,) of bool. No position beyond the training length is
     used: neither learned positions nor what attention has learned is known there. A context that
     fills it is cut to its last half and encoded anew, one forward pass in T / 2 tokens.
     """
     require(len(tokens), "sampling needs a token to begin with: the prompt must not be empty")
-    key, context, cache = jax.random.key(seed), list(tokens), None
+    tokens = model.check_tokens(tokens, len(params["embed"]))
+    require(tokens.ndim == 1, "sampling goes on with one sequence, not with several")
+    Sampling(tokens=count, temperature=float(temperature), top_k=top_k, seed=seed)    # checks
+    return drawn_tokens(params, constants, tokens.tolist(), count, config, seed, temperature,
+                        top_k, known)
+
+
+def drawn_tokens(params, constants, context, count, config, seed, temperature, top_k, known):
+    """What `sample` gives."""
+    key, cache = jax.random.key(seed), None
     made = layers(params, constants, config)
     for step in range(count):
         if cache is None or len(context) == config.length:

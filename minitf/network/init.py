@@ -5,6 +5,7 @@ To add an initialisation of the MLPs, add a function to MLP_INITS and its name i
 import jax
 import jax.numpy as jnp
 
+from ..errors import require
 from ..theory.families import FAMILIES
 from ..theory.kernels import network_activation
 
@@ -12,7 +13,12 @@ KEYS = ("query", "up", "down", "key", "value", "output", "head", "embed", "posit
 
 
 def init(key, config, vocabulary):
-    """The parameters of a ModelConfig for so many tokens: a nested dict of arrays."""
+    """The parameters of a ModelConfig for so many tokens: a nested dict of arrays.
+
+    key: of jax.random. ValueError unless the vocabulary has a token.
+    """
+    require(isinstance(vocabulary, int) and vocabulary > 0,
+            f"vocabulary must be an integer of at least 1, not {vocabulary!r}")
     d, depth, keys = config.width, config.depth, dict(zip(KEYS, jax.random.split(key, len(KEYS))))
     branch = branch_scale(config)
     matrices, family = MATRIX_INITS[config.init], FAMILIES[config.attn]

@@ -14,18 +14,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from ..errors import require
 from ..theory.families import FAMILIES
 from ..theory.kernels import network_activation
 from .operations import REFERENCE, slice_positions
 
 
 def forward(params, constants, tokens, config, ops=REFERENCE):
-    """tokens (T,) or (B, T) of integers -> logits (..., T, V), in config.dtype.
+    """tokens (S,) or (B, S) of integers, S <= T -> logits (..., S, V), in config.dtype.
 
-    constants: those of `attention_constants`. Token by token: decode.py.
+    constants: those of `attention_constants`. Token by token: decode.py. ValueError for longer
+    sequences, and for tokens that are none of the vocabulary's.
     """
-    x = final_hidden(params, constants, tokens, config, ops)
-    return unembed(params, x).reshape(*tokens.shape, -1)
+    tokens = check_tokens(tokens, len(params["embed"]), config.length)
+    after = [(0, 0)] * (tokens.ndim - 1) + [(0, config.length - tokens.shape[-1])]
+    padded = jnp.pad(tokens, after)               # which changes nothing before it
+    x = final_hidden(params, constants, padded, config, ops)
+    return unembed(params, x).reshape(*padded.shape, -1)[..., :tokens.shape[-1], :]
 
 
 def token_losses(params, constants, windows, config, ops=REFERENCE):
@@ -108,3 +113,19 @@ def add_residual(x, branch, skip_scale, config):
         scale = jnp.tile(skip_scale, len(x) // len(skip_scale))[:, None]
         return (scale * x).astype(x.dtype) + branch
     return config.beta * branch if config.alpha == 0 else config.alpha * x + config.beta * branch
+
+
+def check_tokens(tokens, vocabulary, longest=None):
+    """Tokens, perhaps a list, as an array of integers (S,) or (B, S); ValueError if they are not.
+
+    Of what is traced only the shape can be checked.
+    """
+    traced = isinstance(tokens, jax.core.Tracer)
+    tokens = tokens if traced else np.asarray(tokens)
+    require(jnp.issubdtype(tokens.dtype, jnp.integer) and tokens.ndim in (1, 2) and tokens.size,
+            "tokens must be integers, a sequence or several of one length, at least one token")
+    require(longest is None or tokens.shape[-1] <= longest,
+            f"a sequence must have at most {longest} tokens, not {tokens.shape[-1]}")
+    require(traced or 0 <= tokens.min() and tokens.max() < vocabulary,
+            f"tokens must be 0 to {vocabulary - 1}")
+    return tokens
