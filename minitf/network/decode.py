@@ -79,9 +79,10 @@ def sample(params, constants, tokens, count, config, seed=0, temperature=1.0, to
            known=True):
     """An iterator of `count` tokens drawn after the given ones (a list, not empty).
 
-    temperature: at least 0. top_k: None: all. ValueError for what is not allowed. known: which tokens may be drawn, (V,) of bool. No position beyond the training length is
-    used: neither learned positions nor what attention has learned is known there. A context that
-    fills it is cut to its last half and encoded anew, one forward pass in T / 2 tokens.
+    temperature: at least 0. top_k: None: all. known: which tokens may be drawn, (V,) of bool.
+    ValueError for what is not allowed. No position beyond the training length is used: neither
+    learned positions nor what attention has learned is known there. A context that fills it is cut
+    to its last half and encoded anew, one forward pass in T / 2 tokens.
     """
     require(len(tokens), "sampling needs a token to begin with: the prompt must not be empty")
     tokens = model.check_tokens(tokens, len(params["embed"]))
