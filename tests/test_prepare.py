@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 import minitf
 from minitf.cli.main import main
+from minitf.config import DataConfig
 from minitf.training import checkpoint, data, encoding as encodings
 
 ROOT = Path(__file__).parents[1]
@@ -40,7 +41,7 @@ TINY = ("--depth 2 --width 8 --heads 2 --length 8 --batch 2 --steps 2 --attn sof
 
 def documents(folder, part=None):
     """The texts in a prepared folder, in order: all, or those of one part."""
-    tokens, end, _, encoding, _ = data.read_tokens(str(folder), None)
+    tokens, end, _, encoding, *_ = data.read_tokens(str(folder), None)
     tokens = {None: tokens, "train": tokens[:end], "validation": tokens[end:]}[part]
     assert len(tokens) == 0 or tokens[-1] == encoding.n_vocab - 1
     pieces = np.split(tokens, np.flatnonzero(tokens == encoding.n_vocab - 1) + 1)[:-1]
@@ -355,6 +356,28 @@ def test_where_no_documents_were_set_aside_the_last_tenth_is(tmp_path):
     assert len(corpus.train) == (len(corpus.train) + len(corpus.validation)) * 9 // 10
     counted = np.bincount(corpus.validation, minlength=1025)
     assert np.array_equal(corpus.validation_counts, counted)
+
+
+def test_of_many_files_some_are_set_aside_whole(tmp_path):
+    """A tenth, the same under other names; between files is a line break, and no text is lost."""
+    texts = [f"file {number} ends here" + "\n" * (number % 2) for number in range(25)]
+    for folder, name in (("a", "{}"), ("b", "x{:03}")):
+        (tmp_path / folder).mkdir()
+        for number, text in enumerate(texts):
+            (tmp_path / folder / name.format(number)).write_text(text)
+    one, other = (data.load(DataConfig(data=str(tmp_path / folder), val_data=None, encoding=None), 8)
+                  for folder in ("a", "b"))
+    assert one.held_out == "2 whole files"
+    said = [each.encoding.decode(each.validation.tolist()) for each in (one, other)]
+    chosen = [text for text in texts if text in said[0]]
+    assert len(chosen) == 2 and sorted(said[0].split()) == sorted(said[1].split())
+    trained = one.encoding.decode(one.train.tolist())
+    assert len(trained) == sum(map(len, texts)) - sum(map(len, chosen)) + 22
+    assert all(text in trained for text in texts if text not in chosen)
+    assert "here" + "file" not in trained
+    text = str(data.TEXT)
+    few = data.load(DataConfig(data=f"{text},{tmp_path / 'a' / '3'}", val_data=None, encoding=None), 1)
+    assert few.held_out == "the last tenth"
 
 
 @pytest.mark.parametrize("damage", ["cut", "longer", "swapped", "gone", "tables", "manifest",

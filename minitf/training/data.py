@@ -10,9 +10,11 @@ import numpy as np
 import tiktoken
 
 from ..errors import require
-from .encoding import dtype, encode, find_files, load_encoding, read_text, unpack_encoding
+from .encoding import dtype, encode_files, find_files, load_encoding, read_text, unpack_encoding
 
 PREPARED = 1                                          # the format that data/prepare.py writes
+MANY = 20                                             # files: some of them are set aside whole
+LAST = "the last tenth"
 CHECKED = 2**32                                       # bytes of tokens that are checked as a whole
 INCLUDED = Path(__file__).parents[2] / "data"         # text and encoding where none are named
 TEXT, RANKS = INCLUDED / "shakespeare.txt", INCLUDED / "shakespeare.tiktoken"
@@ -27,19 +29,22 @@ class Corpus(NamedTuple):
     train_counts: np.ndarray                          # how often each token is there, (V,)
     validation_counts: np.ndarray
     digest: str                                       # of the training tokens, for resuming
+    held_out: str = "chosen"                          # what the validation text is
 
 
 def load(config, length, encoding=None):
     """The Corpus of a DataConfig.
 
-    Validation text is all of val_data, else what was set aside, or the last tenth. encoding: one
-    to take instead of the configured. ValueError unless both parts have more than `length` tokens.
+    Validation text is all of val_data, else what was set aside: by data/prepare.py, or whole files
+    where there are many; else the last tenth. encoding: one to take instead of the configured.
+    ValueError unless both parts have more than `length` tokens.
     """
-    chosen, val_data = encoding or config.encoding, config.val_data
-    tokens, end, counts, encoding, checksum = read_tokens(config.data or str(TEXT), chosen)
+    names, val_data = config.data or str(TEXT), config.val_data
+    tokens, end, counts, encoding, checksum, held_out = read_tokens(
+        names, encoding or config.encoding)
     validation, validation_counts = tokens[end:], counts[1]
     if val_data:
-        end, counts = len(tokens), counts.sum(0)[None]
+        end, counts, held_out = len(tokens), counts.sum(0)[None], "val-data"
         validation, _, validation_counts, *_ = read_tokens(val_data, encoding)
         validation_counts = validation_counts.sum(0)
     require(np.count_nonzero(counts.sum(0)) > 1,
@@ -51,11 +56,14 @@ def load(config, length, encoding=None):
             f"{len(tokens)} tokens are for validation, but more than {length} are needed")
     digest = f"{checksum} {end}" if checksum else \
         hashlib.sha256(tokens[:end].astype("<u4").tobytes()).hexdigest()
-    return Corpus(encoding, tokens[:end], validation, counts[0], validation_counts, digest)
+    return Corpus(encoding, tokens[:end], validation, counts[0], validation_counts, digest,
+                  held_out)
 
 
 def read_tokens(names, encoding=None):
-    """(tokens, where validation begins, both parts' counts (2, V), encoding, checksum or None).
+    """(tokens, where validation begins, both parts' counts (2, V), encoding, checksum or None,
+
+    what the validation text is).
 
     names: comma-separated, or a prepared folder. encoding: an Encoding, a name, or None for the
     prepared folder's, else the included one.
@@ -65,8 +73,28 @@ def read_tokens(names, encoding=None):
         return read_prepared(Path(names), manifest, encoding)
     if not isinstance(encoding, tiktoken.Encoding):
         encoding = load_encoding(encoding or str(RANKS))
-    tokens = encode([read_text(path) for path in find_files(names.split(","))], encoding)
-    return tokens, *split(tokens, count(tokens, encoding.n_vocab)), encoding, None
+    parts = set_aside([read_text(path) for path in find_files(names.split(","))])
+    tokens, *held_out = (encode_files(part, encoding) for part in parts)
+    if not held_out:
+        return tokens, *split(tokens, count(tokens, encoding.n_vocab)), encoding, None, LAST
+    counts = np.array([count(part, encoding.n_vocab) for part in (tokens, *held_out)])
+    return (np.concatenate([tokens, *held_out]), len(tokens), counts, encoding, None,
+            f"{len(parts[1])} whole files")
+
+
+def set_aside(texts):
+    """[texts to train on, texts to validate on], or [all] where there are fewer than MANY.
+
+    About a tenth, at least one, by the least SHA-256 of their text: the same wherever they lie.
+    """
+    if len(texts) < MANY:
+        return [texts]
+    hashes = [hashlib.sha256(text.encode()).digest() for text in texts]
+    chosen = {*sorted(hashes)[:len(texts) // 10]}
+    parts = [[], []]
+    for text, own in zip(texts, hashes):
+        parts[own in chosen].append(text)
+    return parts if parts[0] else [texts]
 
 
 def split(tokens, counts):
@@ -115,8 +143,9 @@ def read_prepared(folder, manifest, encoding):
     parts = parts[:2] if isinstance(encoding, str) else parts       # of a name, not special tokens
     require(given is None or all(getattr(given, part) == getattr(own, part) for part in parts),
             f"{folder} was prepared with another encoding, {own.name} of {own.n_vocab:,} tokens")
-    end, counts = (end, counts) if end < len(tokens) else split(tokens, counts[0])
-    return tokens, end, counts, own, checksum
+    if end < len(tokens):
+        return tokens, end, counts, own, checksum, "set aside"
+    return tokens, *split(tokens, counts[0]), own, checksum, LAST
 
 
 def sample_checksum(tokens):

@@ -143,6 +143,17 @@ def dtype(encoding):
 
 
 def encode(texts, encoding):
-    """All texts, one after the other, as one array of tokens."""
+    """Pieces of a text, one after the other, as one array of tokens."""
     return np.concatenate([encoding.encode_to_numpy(text, disallowed_special=())
                            .astype(dtype(encoding)) for text in texts])
+
+
+def encode_files(texts, encoding):
+    """Whole texts as one array of tokens.
+
+    Between them is the end-of-text token; where the encoding has none, a line break.
+    """
+    end = encoding._special_tokens.get(END)
+    between = np.array(encoding.encode("\n") if end is None else [end], dtype(encoding))
+    parts = [part for text in texts for part in (between, encode([text], encoding))]
+    return np.concatenate(parts[1:])
