@@ -121,6 +121,21 @@ def test_a_run_begins_with_anothers_weights(tmp_path, monkeypatch, capsys):
         assert end.value.code == 2 and "--init-from" in capsys.readouterr().err
 
 
+def test_weights_are_exported(tmp_path, monkeypatch, capsys):
+    safetensors = pytest.importorskip("safetensors.numpy")
+    monkeypatch.setattr("minitf.cli.loop.show_sample", lambda *_: None)
+    main([*TINY.split(), "--out", str(tmp_path / "run")])
+    main(["--export", str(tmp_path / "run"), str(tmp_path / "weights.safetensors")])
+    found = safetensors.load_file(tmp_path / "weights.safetensors")
+    params = checkpoint.newest(tmp_path / "run")[0].params
+    np.testing.assert_array_equal(found["blocks.value"], params["blocks"]["value"])
+    np.testing.assert_array_equal(found["embed"], params["embed"])
+    assert {"constants.row_scale", "constants.slope"} < found.keys()
+    with pytest.raises(SystemExit) as end:
+        main(["--export", str(tmp_path / "run"), str(tmp_path / "no" / "such")])
+    assert end.value.code == 2 and "No such file" in capsys.readouterr().err
+
+
 def test_curves_of_runs(tmp_path, monkeypatch, capsys):
     """A picture in a run's own folder, and one of several runs; what is wrong in a line."""
     pytest.importorskip("matplotlib")

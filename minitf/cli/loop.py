@@ -119,7 +119,7 @@ def run_steps(state, corpus, constants, out):
     model, how = settings.model, settings.training
     started, read = time.perf_counter(), partial(data.batch, corpus.train, model.length, how.batch)
     constants, rates = sharding.place((constants, optimizer.group_rates(how, model)))
-    (out / "config.json").write_text(json.dumps(asdict(settings), indent=1) + "\n")
+    note_machine(out, settings)
     describe(settings, params, corpus, out)
     with open(out / "metrics.jsonl", "a") as metrics, Progress(how, model.length) as progress, \
             stop_signals() as stop:
@@ -165,6 +165,19 @@ def run_steps(state, corpus, constants, out):
           "A sample, from a beginning in the validation text:\n")
     prompt = corpus.validation[:min(16, model.length // 2)].tolist()
     show_sample(checkpoints.Model(model, params, constants, encoding), prompt, Sampling())
+
+
+def note_machine(out, settings):
+    """config.json; and a note where the run began on another machine."""
+    path, cores = out / "config.json", getattr(os, "sched_getaffinity", lambda _: ())(0)
+    machine = dict(device=jax.devices()[0].device_kind, devices=jax.device_count(),
+                   cores=len(cores) or os.cpu_count(), jax=jax.__version__)
+    with suppress(OSError, ValueError, AttributeError):
+        before = json.loads(path.read_text()).get("machine", machine)
+        if before != machine:
+            print(f"note: this run began with {before}, now {machine}: it goes on the same to "
+                  "rounding, not to the last bit")
+    path.write_text(json.dumps(asdict(settings) | {"machine": machine}, indent=1) + "\n")
 
 
 def begin_watch(settings, params, constants, corpus, start, out, metrics):

@@ -18,10 +18,10 @@ from ..theory.kernels import network_activation
 from ..training import checkpoint, sharding
 from . import curves, figures, inspection, loop, use
 
-MODES = ("out", "resume", "sample", "eval", "inspect", "curves", "figure", "plot", "log_axes",
-         "init_from", "compilation_cache", "mesh")
+MODES = ("out", "resume", "sample", "eval", "export", "inspect", "curves", "figure", "plot",
+         "log_axes", "init_from", "compilation_cache", "mesh")
 PROCESSES = "coordinator", "process_id", "processes"
-WITHOUT = "sample", "eval", "inspect", "curves", "figure", "plot"    # what needs no mesh
+WITHOUT = "sample", "eval", "export", "inspect", "curves", "figure", "plot"   # needs no mesh
 SAMPLING = [each.name for each in fields(Sampling)]
 COMMON = ("help help-all out resume init-from sample eval inspect curves figure plot preset attn "
           "depth width heads length steps batch seed optimizer learning-rate accumulate mesh data "
@@ -80,6 +80,9 @@ def act(modes, flags):
     elif modes["eval"]:
         loop.refuse_others(flags, ["data"], "cannot be given with --eval")
         use.evaluate(modes["eval"], flags.get("data"), mesh)
+    elif modes["export"]:
+        loop.refuse_others(flags, [], "cannot be given with --export")
+        use.export(*modes["export"])
     elif modes["curves"]:
         loop.refuse_others(flags, [], "cannot be given with --curves")
         curves.compare(modes["curves"], modes["plot"], modes["log_axes"])
@@ -171,6 +174,8 @@ def make_parser():
     where.add_argument("--inspect", nargs="?", type=Path, const=True, metavar="DIR",
                        help="kernels and gradients by block, of a run beside its start; without "
                        "DIR of a new network, beside the prediction")
+    where.add_argument("--export", nargs=2, type=Path, metavar=("DIR", "FILE"),
+                       help="a run's weights as FILE.safetensors")
     where.add_argument("--curves", nargs="+", type=Path, metavar="DIR",
                        help="draw the losses of runs into --plot")
     where.add_argument("--figure", metavar="NAME", help="draw, of networks at their start, "

@@ -1,6 +1,10 @@
 """A run's corpus, and what one does with a trained model: draw text, measure a text's loss."""
+import json
 import math
+from dataclasses import asdict
 from itertools import chain, takewhile
+
+import numpy as np
 
 from ..config import resolve
 from ..network import decode, fast
@@ -62,3 +66,23 @@ def evaluate(folder, names, mesh=None):
     print(f"{count:,} tokens, {total:,.0f} bytes: {nats / count:.4f} nats a token, "
           f"{nats / total / math.log(2):.4f} bits a byte, "
           f"perplexity {math.exp(min(nats / count, 700)):.4g}")
+
+
+def export(folder, path):
+    """Writes the weights of a run's newest checkpoint as .safetensors.
+
+    Names are those of the parameters, as blocks.value, and of the constants, as constants.slope;
+    the metadata hold the ModelConfig as JSON.
+    """
+    try:
+        from safetensors.numpy import save
+    except ImportError:
+        raise ValueError("--export needs safetensors: pip install safetensors") from None
+    config, params, constants, _ = checkpoint.model_of(checkpoint.newest(folder)[0])
+    tree = {**params, "constants": constants}
+    arrays = {name.replace("/", "."): np.ascontiguousarray(leaf)
+              for name, leaf in train.named_leaves(tree)}
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(save(arrays, {"config": json.dumps(asdict(config))}))
+    part.replace(path)
+    print(f"{path}: {len(arrays)} arrays, {sum(leaf.size for leaf in arrays.values()):,} numbers")
