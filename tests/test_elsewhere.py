@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from minitf import resolve
 from minitf.cli import loop
 from minitf.cli.main import main, prepare_streams
 from minitf.training import checkpoint
@@ -168,3 +169,16 @@ def test_a_refusal_is_a_short_printable_line(capsys, arguments, said):
     line = capsys.readouterr().err
     assert end.value.code == 2 and said in line and len(line) <= 300
     assert line.rstrip("\n").isprintable()
+
+
+def test_a_run_that_goes_on_elsewhere_says_so(tmp_path, capsys):
+    """Not where it is the same machine; not, and without an error, where nothing is known."""
+    settings, path = resolve(), tmp_path / "config.json"
+    for before in ("{}", "[]", "no JSON"):
+        path.write_text(before)
+        loop.note_machine(tmp_path, settings)
+    loop.note_machine(tmp_path, settings)
+    assert capsys.readouterr().out == ""
+    path.write_text(path.read_text().replace('"cores": ', '"cores": 1'))
+    loop.note_machine(tmp_path, settings)
+    assert "not to the last bit" in capsys.readouterr().out

@@ -1,5 +1,7 @@
 """What the README shows is true: its code is the package's, its examples run, its flags exist."""
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -84,3 +86,39 @@ def test_help_is_short_and_help_all_is_all(capsys, monkeypatch):
     assert shown[0].count("\n") < 60
     for each in FIELDS:
         assert f"--{each.name.replace('_', '-')} " in shown[1] or each.type is bool, each.name
+
+
+CHANGES = {                               # file of the package: (before this, that is added)
+    "theory/families.py": ('    "softmax": Family(', '    "mine": prescribed(lambda config: ['
+                           'np.linspace(0, 0.5, config.depth + 1)], spa.uniform_kernel),\n'),
+    "theory/activations.py": ('    "silu": ', '    "sine": lambda x, np, special: np.sin(x),\n'),
+    "network/init.py": ('MLP_INITS = {"looks', 'mine = orthogonal_mlp\n'),
+    "training/optimizer.py": ('    "query": "qk"', '    "up": "first",\n')}
+REPLACED = {
+    "network/init.py": ('"gaussian": gaussian_mlp}', '"gaussian": gaussian_mlp, "mine": mine}'),
+    "config.py": ('"looks_linear", "orthogonal", "gaussian")',
+                  '"looks_linear", "orthogonal", "gaussian", "mine")'),
+    "training/optimizer.py": ('"up": "mlp", "down"', '"down"')}
+
+
+def test_changing_something_as_the_readme_says(tmp_path):
+    """A family, an activation, an initialisation and a group of rates, each where it says."""
+    shutil.copytree(ROOT / "minitf", tmp_path / "minitf")
+    for name in ("run.py", "data"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for name, (before, added) in CHANGES.items():
+        change(tmp_path / "minitf" / name, before, added + before)
+    for name, (old, new) in REPLACED.items():
+        change(tmp_path / "minitf" / name, old, new)
+    flags = ("--depth 2 --width 8 --heads 2 --length 8 --batch 2 --steps 2 --attn mine --act sine "
+             "--mlp-init mine --orthogonal-pull 0 --lr-mult-path 1 --out run").split()
+    done = subprocess.run([sys.executable, "-c", "import minitf.cli.main as m, sys; "
+                           f"assert m.__file__.startswith({str(tmp_path)!r}), m.__file__; "
+                           f"m.main({flags!r})"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "validation loss" in done.stdout, done.stderr
+
+
+def change(path, old, new):
+    text = path.read_text()
+    assert text.count(old) == 1, (path, old)
+    path.write_text(text.replace(old, new))

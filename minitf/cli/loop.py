@@ -161,10 +161,15 @@ def run_steps(state, corpus, constants, out):
                 sys.exit(128 + (stop or [signal.SIGTERM])[0])
             if saving:
                 progress.rest()
-    print(f"\n{said}, after {how.steps} steps, {time.perf_counter() - started:.0f} s; {out}\n\n"
-          "A sample, from a beginning in the validation text:\n")
-    prompt = corpus.validation[:min(16, model.length // 2)].tolist()
-    show_sample(checkpoints.Model(model, params, constants, encoding), prompt, Sampling())
+    print(f"\n{said}, after {how.steps} steps, {time.perf_counter() - started:.0f} s; {out}")
+    show_beginning(checkpoints.Model(model, params, constants, encoding), corpus)
+
+
+def show_beginning(trained, corpus):
+    """Draws a sample from a Model, from a beginning in the validation text."""
+    print("\nA sample, from a beginning in the validation text:\n")
+    prompt = corpus.validation[:min(16, trained.config.length // 2)].tolist()
+    show_sample(trained, prompt, Sampling())
 
 
 def note_machine(out, settings):

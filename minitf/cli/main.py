@@ -21,7 +21,9 @@ from . import curves, figures, inspection, loop, use
 MODES = ("out", "resume", "sample", "eval", "export", "inspect", "curves", "figure", "plot",
          "log_axes", "init_from", "compilation_cache", "mesh")
 PROCESSES = "coordinator", "process_id", "processes"
-WITHOUT = "sample", "eval", "export", "inspect", "curves", "figure", "plot"   # needs no mesh
+DOING = "resume", "sample", "eval", "export", "inspect", "curves", "figure"     # else train
+GOES_WITH = {"plot": ("inspect", "curves", "figure"), "log_axes": ("curves",),
+             "init_from": ("train",), "mesh": ("train", "resume", "sample", "eval", "inspect")}
 SAMPLING = [each.name for each in fields(Sampling)]
 COMMON = ("help help-all out resume init-from sample eval inspect curves figure plot preset attn "
           "depth width heads length steps batch seed optimizer learning-rate accumulate mesh data "
@@ -66,11 +68,14 @@ def main(arguments=None):
 
 def act(modes, flags):
     """Does what the modes say, with the flags that it takes."""
-    mesh, others = modes["mesh"], [modes[name] for name in ("out", "resume", "sample", "eval")]
-    require(not (modes["plot"] and any(others)), "plot goes with --inspect, --curves or --figure")
-    require(not modes["init_from"] or not any(modes[name] for name in ("resume", *WITHOUT)),
-            "init-from is for a new run")
-    if mesh is None and (jax.process_count() > 1 or not any(modes[name] for name in WITHOUT)):
+    doing = next((name for name in DOING if modes[name]), "train")
+    if modes["plot"] and doing == "train" and not modes["out"]:
+        doing = "inspect"
+    for flag, allowed in GOES_WITH.items():
+        require(not modes[flag] or doing in allowed, f"{flag.replace('_', '-')} goes with "
+                f"{', '.join(allowed)}, not with {doing}")
+    mesh = modes["mesh"]
+    if mesh is None and (jax.process_count() > 1 or doing in ("train", "resume")):
         mesh = "all"
     if modes["resume"]:
         loop.resume(modes["resume"], flags, mesh)
@@ -102,7 +107,8 @@ def act(modes, flags):
         if modes["figure"]:
             require(modes["plot"], "--figure needs --plot FILE.png")
             look_up(figures.FIGURES, modes["figure"], "figure")(settings, modes["plot"])
-        elif modes["inspect"] or modes["plot"]:
+        elif doing == "inspect":
+            require(mesh is None, "mesh does not go with inspect without DIR")
             inspection.inspect(settings, modes["plot"])
         else:
             loop.train(settings, modes["out"], mesh, trained)
