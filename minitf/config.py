@@ -226,7 +226,8 @@ def resolve(preset="isometric", collision_rate=0.0, backend="cpu", **flags):
 
     Args:
       preset: a name of PRESETS.
-      collision_rate: the chance that two of the training tokens are equal.
+      collision_rate: the chance that two of the training tokens are equal; run.py gives that of
+        its text, and 0 is that of no text.
       backend: where it will run, as fast.hardware names it.
       flags: any field of the three dataclasses. gamma may be one number.
     Raises ValueError, in one line, for anything that is not allowed.

@@ -68,7 +68,7 @@ def test_command_lines(capsys, monkeypatch):
     """Any flags with any values: refused, or settings whose numbers are all finite."""
     accepted = []
 
-    def all_but_training(settings, out, mesh, trained):
+    def all_but_training(settings, *_):
         loop.require_memory(settings, 1024)
         settings = resolve(settings.preset, 0.012, **settings.flags)     # as loop.train does
         model = settings.model

@@ -10,6 +10,7 @@ import lzma
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -356,6 +357,33 @@ def test_where_no_documents_were_set_aside_the_last_tenth_is(tmp_path):
     assert len(corpus.train) == (len(corpus.train) + len(corpus.validation)) * 9 // 10
     counted = np.bincount(corpus.validation, minlength=1025)
     assert np.array_equal(corpus.validation_counts, counted)
+
+
+def test_tokens_too_long_to_wait_for_are_checked_beside_the_training(prepared, tmp_path, monkeypatch,
+                                                                     capsys):
+    """One changed token between the pieces that are looked at first: the run ends, in a line."""
+    folder = tmp_path / "corpus"
+    shutil.copytree(prepared, folder)
+    monkeypatch.setattr(data, "CHECKED", 0)
+    monkeypatch.setattr(data, "SAID_AFTER", -1)
+    monkeypatch.setattr(data, "sample_checksum", lambda tokens: json.loads(
+        (folder / "manifest.json").read_text())["files"]["tokens.bin"]["sample"])
+    load = lambda: data.load(DataConfig(data=str(folder), val_data=None, encoding=None), 8)
+    whole = load()
+    wait_until(lambda: "being checked" in capsys.readouterr().out)
+    whole.verify()
+    tokens = np.memmap(folder / "tokens.bin", "<u2", "r+")
+    tokens[5], tokens[6] = tokens[6], tokens[5] + 1
+    tokens.flush()
+    corpus = load()
+    with pytest.raises(ValueError, match="not what was written"):
+        wait_until(corpus.verify)
+
+
+def wait_until(happens, seconds=30):
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends and not happens():
+        time.sleep(0.01)
 
 
 def test_of_many_files_some_are_set_aside_whole(tmp_path):

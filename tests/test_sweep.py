@@ -1,6 +1,7 @@
 """Several runs: what a sweep draws, takes up again and says of them; their pictures."""
 import itertools
 import json
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -134,6 +135,42 @@ def test_weights_are_exported(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         main(["--export", str(tmp_path / "run"), str(tmp_path / "no" / "such")])
     assert end.value.code == 2 and "No such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_tracker_is_given_the_metrics(tmp_path, monkeypatch, capsys, name):
+    """Each step's and each evaluation's numbers; what it raises, or lacks, never loses a run."""
+    monkeypatch.setattr("minitf.cli.loop.show_sample", lambda *_: None)
+    command = [*TINY.split(), "--log-to", name, "--out", str(tmp_path / "run")]
+    for package in ("tensorboardX", "torch.utils.tensorboard", "wandb"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit) as end:
+        main(command)
+    assert end.value.code == 2 and "pip install" in capsys.readouterr().err
+    seen = []
+
+    class Writer:
+        def __init__(self, folder):
+            pass
+
+        def add_scalar(self, name, value, step):
+            seen.append((step, name, value))
+            raise RuntimeError("the tracker's disk is full") if len(seen) == 3 else None
+
+        def flush(self):
+            pass
+
+        def log(self, values, step):
+            for name, value in values.items():
+                self.add_scalar(name, value, step)
+
+    monkeypatch.setitem(sys.modules, "tensorboardX", SimpleNamespace(SummaryWriter=Writer))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: Writer("")))
+    main(command)
+    steps = [line for line in curves.read(tmp_path / "run") if "loss" in line]
+    assert [(step, value) for step, name, value in seen if name == "loss"] == [
+        (line["step"], line["loss"]) for line in steps]
+    assert {name for _, name, _ in seen} >= {"loss", "grad_norm", "val_loss"}
 
 
 def test_curves_of_runs(tmp_path, monkeypatch, capsys):

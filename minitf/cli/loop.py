@@ -25,6 +25,7 @@ from ..theory.kernels import attention_constants
 from ..training import checkpoint as checkpoints
 from ..training import data, encoding as encodings, optimizer, sharding, train as training
 from . import curves
+from .metrics import Metrics, start_tracker
 from .progress import Progress, describe
 from .use import read_corpus, show_sample
 from .watch import Watch
@@ -35,10 +36,10 @@ STOP = 2                                   # what a process asks for; 1: a check
 MAY_CHANGE = "steps", "learning_rate", "save_every", "accumulate", "remat", "data", "val_data"
 
 
-def train(settings, out, mesh, trained=None):
+def train(settings, out, mesh, trained=None, log_to=None):
     """A new run, in the folder `out` or the next one under runs/, on a mesh as sharding.use.
 
-    trained: a Checkpoint, of whose weights and encoding it begins.
+    trained: a Checkpoint, with whose weights and encoding it begins. log_to: of TRACKERS.
     """
     if sharding.first():
         require_new(out)
@@ -58,7 +59,7 @@ def train(settings, out, mesh, trained=None):
         require(not checkpoints.checkpoints(out), f"{out} was just taken by another run")
         checkpoints.rewind(out / "metrics.jsonl", 0)              # of a run that never began
         run_steps(checkpoints.Checkpoint(0, settings, corpus.encoding, corpus.digest, params,
-                                         opt_state), corpus, constants, out)
+                                         opt_state), corpus, constants, out, log_to)
     return lock
 
 
@@ -72,7 +73,7 @@ def with_network_of(settings, flags):
     return dict(preset=settings.preset) | network | flags
 
 
-def resume(folder, flags, mesh):
+def resume(folder, flags, mesh, log_to=None):
     """Goes on with the run in a folder from its newest usable checkpoint, as if never stopped."""
     require(folder.is_dir(), f"{folder} is not a folder")
     require(checkpoints.checkpoints(folder), f"{folder} has no checkpoint")
@@ -98,7 +99,7 @@ def resume(folder, flags, mesh):
     with sharding.use(mesh, state.settings):
         params, opt_state = sharding.place((state.params, state.opt_state))
         state = state._replace(params=params, opt_state=opt_state)
-        run_steps(state, corpus, attention_constants(state.settings.model), out)
+        run_steps(state, corpus, attention_constants(state.settings.model), out, log_to)
     return lock
 
 
@@ -112,7 +113,7 @@ def changes(settings, flags):
     return changed if preset == settings.preset else {"preset": preset, **changed}
 
 
-def run_steps(state, corpus, constants, out):
+def run_steps(state, corpus, constants, out, log_to):
     """Trains from a Checkpoint to the last step: checkpoints and metrics.jsonl in `out`."""
     keep_freed_memory()
     start, settings, encoding, digest, params, opt_state = state
@@ -120,8 +121,9 @@ def run_steps(state, corpus, constants, out):
     started, read = time.perf_counter(), partial(data.batch, corpus.train, model.length, how.batch)
     constants, rates = sharding.place((constants, optimizer.group_rates(how, model)))
     note_machine(out, settings)
+    track = start_tracker(log_to, out, settings) if log_to and sharding.first() else None
     describe(settings, params, corpus, out)
-    with open(out / "metrics.jsonl", "a") as metrics, Progress(how, model.length) as progress, \
+    with Metrics(out / "metrics.jsonl", track) as metrics, Progress(how, model.length) as progress, \
             stop_signals() as stop:
         if not start:
             save(out, metrics, state)
@@ -192,10 +194,9 @@ def begin_watch(settings, params, constants, corpus, start, out, metrics):
         windows = data.spread_windows(corpus.validation, settings.model.length,
                                       settings.training.at_once)
         _, squares = training.evaluate(params, constants, windows, settings.model, len(windows))
-        metrics.write(json.dumps({"step": 0, "mean_square": squares}) + "\n")
-        metrics.flush()
-    for line in Path(metrics.name).read_text().splitlines():
-        watch.recall(json.loads(line))
+        metrics.add({"step": 0, "mean_square": squares})
+    for line in metrics.lines():
+        watch.recall(line)
     return watch
 
 
@@ -208,7 +209,7 @@ def record_step(metrics, progress, watch, how, step, values, last):
             "learning_rate": float(optimizer.learning_rate(how, step)),
             "grad_norm": float(values["grad_norm"]), "tokens_per_second": progress.step_done()}
     if math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]):
-        metrics.write(json.dumps(line) + "\n")
+        metrics.add(line)
         progress.show(line)
         warning = watch.gradient(line, values["grad_norms"])
         if warning:
@@ -232,8 +233,10 @@ def say_last(progress, line):
 def evaluate(settings, params, constants, corpus, count, step, metrics, watch):
     """The loss on `count` windows of validation text, as a sentence, and a warning or None.
 
-    Loss and mean squares behind the blocks go into the metrics.
+    Loss and mean squares behind the blocks go into the metrics. ValueError if the tokens have
+    turned out to be damaged.
     """
+    corpus.verify()
     windows = data.spread_windows(corpus.validation, settings.model.length, count)
     value, squares = training.evaluate(params, constants, windows, settings.model,
                                        settings.training.at_once)
@@ -242,7 +245,7 @@ def evaluate(settings, params, constants, corpus, count, step, metrics, watch):
     unigram = data.unigram_loss(corpus.train_counts, corpus.validation_counts)
     line = {"step": step, "val_loss": value, "val_bits_per_byte": value * bits,
             "val_tokens": len(corpus.validation), "mean_square": squares}
-    metrics.write(json.dumps(line) + "\n")
+    metrics.add(line)
     watch.recall(line)
     said = (f"validation loss {value:.3f} nats a token, {value * bits:.3f} bits a byte "
             f"(unigram {unigram:.3f}, {unigram * bits:.3f})")
@@ -251,8 +254,7 @@ def evaluate(settings, params, constants, corpus, count, step, metrics, watch):
 
 def save(out, metrics, state, best=None):
     """A checkpoint, after the metrics of all steps before it are on disk; then a picture."""
-    metrics.flush()
-    os.fsync(metrics.fileno())
+    metrics.sync()
     checkpoints.save(out, state, best)
     if sharding.first():
         curves.renew(out)

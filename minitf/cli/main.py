@@ -17,13 +17,15 @@ from ..presets import PRESETS, untuned
 from ..theory.kernels import network_activation
 from ..training import checkpoint, sharding
 from . import curves, figures, inspection, loop, use
+from .metrics import TRACKERS
 
 MODES = ("out", "resume", "sample", "eval", "export", "inspect", "curves", "figure", "plot",
-         "log_axes", "init_from", "compilation_cache", "mesh")
+         "log_axes", "init_from", "log_to", "compilation_cache", "mesh")
 PROCESSES = "coordinator", "process_id", "processes"
 DOING = "resume", "sample", "eval", "export", "inspect", "curves", "figure"     # else train
 GOES_WITH = {"plot": ("inspect", "curves", "figure"), "log_axes": ("curves",),
-             "init_from": ("train",), "mesh": ("train", "resume", "sample", "eval", "inspect")}
+             "init_from": ("train",), "log_to": ("train", "resume"),
+             "mesh": ("train", "resume", "sample", "eval", "inspect")}
 SAMPLING = [each.name for each in fields(Sampling)]
 COMMON = ("help help-all out resume init-from sample eval inspect curves figure plot preset attn "
           "depth width heads length steps batch seed optimizer learning-rate accumulate mesh data "
@@ -78,7 +80,7 @@ def act(modes, flags):
     if mesh is None and (jax.process_count() > 1 or doing in ("train", "resume")):
         mesh = "all"
     if modes["resume"]:
-        loop.resume(modes["resume"], flags, mesh)
+        loop.resume(modes["resume"], flags, mesh, modes["log_to"])
     elif modes["sample"]:
         loop.refuse_others(flags, SAMPLING, "cannot be given with --sample")
         use.sample(modes["sample"], Sampling(**flags), mesh)
@@ -111,7 +113,7 @@ def act(modes, flags):
             require(mesh is None, "mesh does not go with inspect without DIR")
             inspection.inspect(settings, modes["plot"])
         else:
-            loop.train(settings, modes["out"], mesh, trained)
+            loop.train(settings, modes["out"], mesh, trained, modes["log_to"])
 
 
 def prepare_streams():
@@ -191,6 +193,7 @@ def make_parser():
     parser.add_argument("--log-axes", action="store_true", help="--curves: steps and losses")
     parser.add_argument("--init-from", type=Path, metavar="DIR",
                         help="begin with a run's network and weights, on any data")
+    parser.add_argument("--log-to", choices=TRACKERS, help="metrics go there too, by its package")
     parser.add_argument("--compilation-cache", action=argparse.BooleanOptionalAction, default=True,
                         help="keep what is compiled for an accelerator in ~/.cache/minitf")
     parser.add_argument("--mesh", metavar="data=N,fsdp=N",

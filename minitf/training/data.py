@@ -2,9 +2,11 @@
 import hashlib
 import io
 import json
+import threading
+import time
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 import tiktoken
@@ -15,7 +17,8 @@ from .encoding import dtype, encode_files, find_files, load_encoding, read_text,
 PREPARED = 1                                          # the format that data/prepare.py writes
 MANY = 20                                             # files: some of them are set aside whole
 LAST = "the last tenth"
-CHECKED = 2**32                                       # bytes of tokens that are checked as a whole
+CHECKED = 2**32                                       # bytes of tokens, checked before a start
+SAID_AFTER = 60                                       # seconds of a check, if there are more
 INCLUDED = Path(__file__).parents[2] / "data"         # text and encoding where none are named
 TEXT, RANKS = INCLUDED / "shakespeare.txt", INCLUDED / "shakespeare.tiktoken"
 
@@ -29,7 +32,8 @@ class Corpus(NamedTuple):
     train_counts: np.ndarray                          # how often each token is there, (V,)
     validation_counts: np.ndarray
     digest: str                                       # of the training tokens, for resuming
-    held_out: str = "chosen"                          # what the validation text is
+    held_out: str = ""                                # what the validation text is
+    verify: Callable = lambda: None                   # ValueError once it is known to be damaged
 
 
 def load(config, length, encoding=None):
@@ -42,6 +46,8 @@ def load(config, length, encoding=None):
     names, val_data = config.data or str(TEXT), config.val_data
     tokens, end, counts, encoding, checksum, held_out = read_tokens(
         names, encoding or config.encoding)
+    long = checksum and tokens.nbytes > CHECKED
+    verify = check_whole(names, tokens, checksum) if long else lambda: None
     validation, validation_counts = tokens[end:], counts[1]
     if val_data:
         end, counts, held_out = len(tokens), counts.sum(0)[None], "val-data"
@@ -57,7 +63,7 @@ def load(config, length, encoding=None):
     digest = f"{checksum} {end}" if checksum else \
         hashlib.sha256(tokens[:end].astype("<u4").tobytes()).hexdigest()
     return Corpus(encoding, tokens[:end], validation, counts[0], validation_counts, digest,
-                  held_out)
+                  held_out, verify)
 
 
 def read_tokens(names, encoding=None):
@@ -127,7 +133,7 @@ def read_prepared(folder, manifest, encoding):
         arrays = np.load(io.BytesIO(tables), allow_pickle=False)
         own, counts = unpack_encoding(arrays, manifest["encoding"]), arrays["counts"]
         tokens = np.memmap(folder / "tokens.bin", dtype(own), "r").view(np.ndarray)
-        whole = tokens.nbytes <= CHECKED                 # of more, pieces alone
+        whole = tokens.nbytes <= CHECKED                 # of more, pieces first: see check_whole
         found = hashlib.sha256(tokens).hexdigest() if whole else sample_checksum(tokens)
         require(found == files["tokens.bin"]["sha256" if whole else "sample"],
                 "tokens.bin is not what was written")
@@ -146,6 +152,28 @@ def read_prepared(folder, manifest, encoding):
     if end < len(tokens):
         return tokens, end, counts, own, checksum, "set aside"
     return tokens, *split(tokens, counts[0]), own, checksum, LAST
+
+
+def check_whole(folder, tokens, checksum):
+    """Begins to read all tokens beside what else is done.
+
+    Returns a function that raises ValueError if they turned out not to be what was written.
+    """
+    found, content = [], tokens.view(np.uint8)
+
+    def read():
+        digest, began, said = hashlib.sha256(), time.monotonic(), False
+        for start in range(0, len(content), 2**26):
+            digest.update(content[start:start + 2**26])
+            if not said and time.monotonic() - began > SAID_AFTER:
+                said = True
+                print(f"note: {folder}/tokens.bin is being checked, {start / len(content):.0%} "
+                      "so far", flush=True)
+        found.append(digest.hexdigest())
+
+    threading.Thread(target=read, daemon=True).start()
+    return lambda: require(found in ([], [checksum]),
+                           f"{folder}/tokens.bin is not what was written; prepare it again")
 
 
 def sample_checksum(tokens):

@@ -1,0 +1,72 @@
+"""A run's metrics: metrics.jsonl, and with --log-to a tracker beside it, if it is installed."""
+import json
+import os
+from contextlib import suppress
+from dataclasses import asdict
+
+
+def tensorboard(folder, settings):
+    """TensorBoard's event files in the run's folder, by tensorboardX or PyTorch."""
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        from torch.utils.tensorboard import SummaryWriter
+    writer = SummaryWriter(str(folder))
+
+    def track(step, values):
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+    return track
+
+
+def wandb(folder, settings):
+    """Weights & Biases: project minitf, a run of the folder's name, taken up again on resuming."""
+    import wandb
+    run = wandb.init(project="minitf", name=folder.name, id=folder.name, resume="allow",
+                     dir=str(folder), config=asdict(settings))
+    return lambda step, values: run.log(values, step=step)
+
+
+TRACKERS = {"tensorboard": tensorboard, "wandb": wandb}
+
+
+def start_tracker(name, folder, settings):
+    """(step, {name: value}) -> None; ValueError where its package is missing or refuses."""
+    try:
+        return TRACKERS[name](folder, settings)
+    except ImportError:
+        package = {"tensorboard": "tensorboardX"}.get(name, name)
+        raise ValueError(f"--log-to {name} needs a package: pip install {package}") from None
+    except Exception as error:                 # whatever a tracker's package may raise
+        raise ValueError(f"--log-to {name}: {type(error).__name__}: {error}") from None
+
+
+class Metrics:
+    """Lines of metrics, each a dict with its step. What a tracker raises never stops a run."""
+
+    def __init__(self, path, track=None):
+        self.path, self.file, self.track = path, open(path, "a"), track
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+    def add(self, line):
+        self.file.write(json.dumps(line) + "\n")
+        if self.track:
+            values = {name: value for name, value in line.items() if isinstance(value, float)}
+            with suppress(Exception):
+                self.track(line["step"], values)
+
+    def lines(self):
+        """Those of before, too."""
+        self.file.flush()
+        return [json.loads(line) for line in self.path.read_text().splitlines()]
+
+    def sync(self):
+        """All lines are on disk."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
