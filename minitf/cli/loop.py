@@ -25,7 +25,7 @@ from ..theory.kernels import attention_constants
 from ..training import checkpoint as checkpoints
 from ..training import data, encoding as encodings, optimizer, sharding, train as training
 from . import curves
-from .metrics import Metrics, start_tracker
+from .metrics import Metrics
 from .progress import Progress, describe
 from .use import read_corpus, show_sample
 from .watch import Watch
@@ -121,10 +121,9 @@ def run_steps(state, corpus, constants, out, log_to):
     started, read = time.perf_counter(), partial(data.batch, corpus.train, model.length, how.batch)
     constants, rates = sharding.place((constants, optimizer.group_rates(how, model)))
     note_machine(out, settings)
-    track = start_tracker(log_to, out, settings) if log_to and sharding.first() else None
     describe(settings, params, corpus, out)
-    with Metrics(out / "metrics.jsonl", track) as metrics, Progress(how, model.length) as progress, \
-            stop_signals() as stop:
+    metrics = Metrics(out, settings, log_to if sharding.first() else None)
+    with metrics, Progress(how, model.length) as progress, stop_signals() as stop:
         if not start:
             save(out, metrics, state)
         watch = begin_watch(settings, params, constants, corpus, start, out, metrics)

@@ -43,10 +43,15 @@ def start_tracker(name, folder, settings):
 
 
 class Metrics:
-    """Lines of metrics, each a dict with its step. What a tracker raises never stops a run."""
+    """Lines of metrics, each a dict with its step. What a tracker raises never stops a run.
 
-    def __init__(self, path, track=None):
-        self.path, self.file, self.track = path, open(path, "a"), track
+    log_to: of TRACKERS, or None.
+    """
+
+    def __init__(self, folder, settings, log_to):
+        self.track = start_tracker(log_to, folder, settings) if log_to else None
+        self.path = folder / "metrics.jsonl"
+        self.file = open(self.path, "a")
 
     def __enter__(self):
         return self
