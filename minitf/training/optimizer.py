@@ -142,26 +142,43 @@ def hold_linear_path():
             names = LINEAR_PATH[group]
             pairs = [[tree[name] for name in names] for tree in (weights, blocks)]
             new = sharding.one_matrix_a_device(lambda pairs: held(*pairs, **how), pairs)
-            blocks |= dict(zip(names, new[1]))
+            blocks |= dict(zip(names, new))
         return updates | {"blocks": blocks}, state
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def held(weights, updates, pull, rate, size):
-    """(weights, updates), the latter such that the product W = w1 w2 changes
+    """Updates of a pair w1 (L, d, n), w2 (L, n, d), such that W = w1 w2 moves as it shall.
 
-    by `rate` times as much as it would, and by `pull` of the way from nearly size Q, Q orthogonal,
-    to it, a Newton-Schulz step: (1 - W W^T / size^2) W / 2. To first order, and exactly where w1
-    (L, d, n) and w2 (L, n, d) are multiples of orthogonal matrices.
+    To first order by `rate` of what it would, and by `pull` of the way to the rotation times
+    `size` that is near, a Newton-Schulz step: (W - W W^T W / size^2) / 2. They are the nearest
+    such updates, each matrix measured in units of its own size.
     """
     (w1, w2), (u1, u2) = weights, updates
     t = lambda matrices: jnp.swapaxes(matrices, 1, 2)
     square = lambda matrices: jnp.square(matrices).sum((1, 2), keepdims=True) / w1.shape[1]
-    product = w1 @ w2
+    s1, s2, product = square(w1), square(w2), w1 @ w2
     change = (rate - 1) * (u1 @ w2 + w1 @ u2)
     change += pull * (product - product @ (t(product) @ product) / size**2) / 2
-    return weights, [u1 + change @ t(w2) / (2 * square(w2)),
-                     u2 + t(w1) @ change / (2 * square(w1))]
+    # u1 + x w2^T / s2 and u2 + w1^T x / s1 change W by G1 x + x G2 more.
+    x = solve_sum(w1 @ t(w1) / s1, t(w2) @ w2 / s2, change)
+    return [u1 + x @ t(w2) / s2, u2 + t(w1) @ x / s1]
+
+
+def solve_sum(g1, g2, e, steps=4):
+    """x of g1 x + x g2 = e, all (L, d, d), g1 and g2 symmetric and not negative.
+
+    Conjugate gradients: after one step exact where both are multiples of 1, as at the start; later
+    nearly, and never beyond.
+    """
+    dot = lambda a, b: (a * b).sum((1, 2), keepdims=True)
+    x, residual, way = jnp.zeros_like(e), e, e
+    for _ in range(steps):
+        image, before = g1 @ way + way @ g2, dot(residual, residual)
+        step = before / jnp.maximum(dot(way, image), 1e-30)
+        x, residual = x + step * way, residual - step * image
+        way = residual + dot(residual, residual) / jnp.maximum(before, 1e-30) * way
+    return x
 
 
 def for_each_parameter(update):
