@@ -6,13 +6,15 @@
 
 FLAGS are run.py's. What the file has is not repeated, and a run that was cut short goes on.
 --random N: of each FLAGS N trials, the first as it is, the others with rates, decay, pull and gamma
-drawn around it. --best K: the K best of them once more, with the flags of --then as well.
+drawn around it. --best K: the K of them that are best in the mean over seeds once more, with the
+flags of --then as well. A run that diverges counts, as the worst.
 --together N: so many at a time, each on a GPU of its own, or on its share of the cores.
 A report has means and spreads over seeds and, of searches, what the best of k trials comes to.
 """
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -27,8 +29,10 @@ from records import HERE, add, header, parser, read, row
 
 from minitf import __version__, resolve
 from minitf.cli import curves
+from minitf.errors import require
 from minitf.cli.main import MODES, PROCESSES, make_parser
 
+DIVERGED = re.compile("loss is .*gradient norm .* at step")         # how run.py ends then
 # What a random search varies, each between its own value over this number and times it.
 FACTORS = dict(learning_rate=2, lr_mult_embed=2, lr_mult_qk=2, lr_mult_vo=2, weight_decay=4,
                orthogonal_pull=4, gamma=4)
@@ -36,21 +40,29 @@ FACTORS = dict(learning_rate=2, lr_mult_embed=2, lr_mult_qk=2, lr_mult_vo=2, wei
 
 def run(file, flags, data, seeds, random, best, then, together):
     """Trains what `file` lacks; returns how many runs failed."""
-    asked = [parse(text) for text in flags]
+    asked, later = [parse(text) for text in flags], parse(then)
     failed = train_all(file, [
         (dict(search=each, number=number) if random else {}, drawn(each, number) | dict(seed=seed))
         for number in range(random or 1) for seed in seeds for each in asked], data, together)
-    if best:
-        searches = [sorted(group, key=loss)[:best] for group in searches_of(read(file)).values()]
-        failed += train_all(file, [({}, each["flags"] | parse(then))
-                                   for group in searches for each in group], data, together)
+    for each in asked if best else ():
+        trials = {}                                               # number: its losses, by seed
+        for record in read(file):
+            if record.get("search") == each:
+                trials.setdefault(record["number"], []).append(loss(record))
+        numbers = sorted(trials, key=lambda number: np.mean(trials[number]))[:best]
+        failed += train_all(file, [({}, drawn(each, number) | later | dict(seed=seed))
+                                   for number in numbers for seed in seeds], data, together)
     return failed
 
 
 def parse(text):
-    """FLAGS as a dict; argparse refuses what run.py does not know."""
-    given = vars(make_parser().parse_args(shlex.split(text)))
-    return {name: value for name, value in given.items() if name not in (*MODES, *PROCESSES)}
+    """FLAGS as a dict of settings; ValueError for what is no setting, or the sweep's own."""
+    parser = make_parser()
+    given = vars(parser.parse_args(shlex.split(text)))
+    for name in (*MODES, *PROCESSES, "seed"):
+        own, flag = parser.get_default(name), "--" + name.replace("_", "-")
+        require(given.pop(name, own) == own, f"{flag} is not for a sweep's FLAGS")
+    return given
 
 
 def arguments(flags):
@@ -115,38 +127,54 @@ def folder_of(file, flags):
 def train(file, also, flags, data, place, together):
     """One run, from where it stopped, in a folder beside `file`; a line there. True if it fails."""
     folder = folder_of(file, flags)
-    steps, environment = resolve(**flags).training.steps, dict(os.environ)
-    if shutil.which("nvidia-smi"):
-        environment["CUDA_VISIBLE_DEVICES"] = str(place)
-    elif together > 1 and hasattr(os, "sched_setaffinity"):       # of this thread, and what it runs
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(os.getpid()))[place::together])
-    found = curves.summary(curves.read(folder)) if folder.exists() else dict(validation=[])
-    if [step for step, _ in found["validation"]][-1:] != [steps]:
+    steps, said, problem = resolve(**flags).training.steps, shlex.join(arguments(flags)), ""
+    if not any(line["step"] == steps for line in lines_of(folder)):
         begun = any(folder.glob("checkpoint-*.npz"))
         where = ["--resume", folder] if begun else \
             [*arguments(flags), *["--data", data] * bool(data), "--out", folder]
-        ended = subprocess.run([sys.executable, HERE.parent / "run.py", *where], env=environment,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        if ended.returncode:
-            print(f"{shlex.join(arguments(flags))}: {ended.stderr.strip()}", flush=True)
-            return True
-    lines = curves.read(folder)
-    record = dict(flags=flags, **also, **measured(lines), revision=__version__)
+        ended = subprocess.run([sys.executable, HERE.parent / "run.py", *where],
+                               env=take_place(place, together), stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True)
+        problem = ended.stderr.strip() if ended.returncode else ""
+    if problem and not DIVERGED.search(problem):
+        print(f"{said}: {problem}", flush=True)
+        return True
+    record = dict(flags=flags, **also, **measured(lines_of(folder)), revision=__version__)
+    if problem:
+        record |= dict(validation_loss=float("nan"), ended=problem)
     add(file, **record)
     shutil.rmtree(folder)
-    print(f"{shlex.join(arguments(flags))}: {loss(record):.3f}", flush=True)
+    print(f"{said}: {loss(record):.3f}", flush=True)
     return False
+
+
+def lines_of(folder):
+    """The metrics of a run; [] before there are any."""
+    return curves.read(folder) if (folder / "metrics.jsonl").exists() else []
+
+
+def take_place(place, together):
+    """The environment of a run: the place's own GPU, or this thread on its share of the cores."""
+    cards = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if shutil.which("nvidia-smi") and together > 1:
+        cards = cards.split(",") if cards else [*map(str, range(together))]
+        return os.environ | {"CUDA_VISIBLE_DEVICES": cards[place % len(cards)]}
+    if together > 1 and hasattr(os, "sched_setaffinity"):         # what it runs inherits it
+        cores = sorted(os.sched_getaffinity(os.getpid()))
+        os.sched_setaffinity(0, cores[place % len(cores)::together])
+    return os.environ
 
 
 def measured(lines):
     """What is kept of a run, from its metrics."""
     steps = [line for line in lines if "loss" in line]
     norms = [line["grad_norm"] for line in steps]
-    last = [line for line in lines if "val_loss" in line][-1]
-    return dict(validation_loss=last["val_loss"], bits_per_byte=last["val_bits_per_byte"],
-                gradient_ratio=max(norms[500:], default=0) / norms[min(500, len(norms) - 1)],
+    last = [line for line in lines if "val_loss" in line][-1:]
+    of_last = lambda name: last[0][name] if last else None
+    return dict(validation_loss=of_last("val_loss"), bits_per_byte=of_last("val_bits_per_byte"),
+                gradient_ratio=max(norms[500:]) / norms[500] if len(norms) > 501 else None,
                 tokens_per_second=float(np.median([line["tokens_per_second"] for line in steps])),
-                mean_square=last["mean_square"], **curves.summary(lines, 120))
+                mean_square=of_last("mean_square"), **curves.summary(lines, 120))
 
 
 # --- What came out ----------------------------------------------------------------------
@@ -198,7 +226,7 @@ def report(files, plot):
         losses = [*map(loss, group)]
         print(row(f"`{name}`", ", ".join(str(each["flags"].get("seed", 0)) for each in group),
                   f"{np.mean(losses):.3f}", f"{max(losses) - min(losses):.3f}",
-                  ", ".join(f"{each.get('gradient_ratio', np.nan):.1f}" for each in group)))
+                  ", ".join(f"{each.get('gradient_ratio') or np.nan:.1f}" for each in group)))
     for search, group in searches_of(records).items():
         losses = [*map(loss, group)]
         print(f"\nThe best of k of {len(group)} trials around `{label(json.loads(search), [])}`:\n")
@@ -213,7 +241,8 @@ def report(files, plot):
 def mean_of(group):
     """What `curves.draw` takes, as a mean over runs of the same steps."""
     same = [each for each in group if each["at"] == group[0]["at"]]
-    names = [name for name in ("loss", "grad_norm", "validation") if name in group[0]]
+    names = [name for name in ("loss", "grad_norm", "validation")
+             if all(name in each for each in same)]
     return dict(at=group[0]["at"]) | {
         name: np.mean([each[name] for each in same], 0).tolist() for name in names}
 
@@ -237,6 +266,8 @@ def main():
                         given.then, given.together))
     except (ValueError, OSError) as error:
         made.error(str(error))
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from .presets import PRESETS, gammas_by_length, scaled
 from .theory.activations import NAMES, TRANSFORMS
 from .theory.families import FAMILIES
 
-GROUPS = ("method", "additions", "training", "data")   # of flags, as --help shows them
+SECTIONS = ("method", "additions", "training", "data")   # of flags, as --help shows them
 LARGEST = 1e30                                         # number: what is made of it fits a float32
 
 

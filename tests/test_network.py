@@ -263,13 +263,13 @@ def test_what_are_no_tokens_is_refused(tokens):
     config, params, constants = network("espa", 0)
     with pytest.raises(ValueError):
         model.forward(params, constants, tokens, config)
-    if tokens is not None and len(tokens) <= T:
+    if tokens is None or len(tokens) <= T:
         with pytest.raises(ValueError):
             decode.sample(params, constants, tokens, 1, config)
 
 
 @pytest.mark.parametrize("wrong", [dict(count=0), dict(count=1.5), dict(temperature=-1),
-                                   dict(temperature=np.nan), dict(top_k=0), dict(seed=-1)], ids=str)
+                                   dict(temperature=np.nan), dict(temperature=None), dict(top_k=0), dict(seed=-1)], ids=str)
 def test_no_sampling_is_refused_late(wrong):
     config, params, constants = network("espa", 0)
     with pytest.raises(ValueError):

@@ -386,6 +386,22 @@ def wait_until(happens, seconds=30):
         time.sleep(0.01)
 
 
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=60), st.integers(0, 10**6))
+def test_what_is_set_aside_is_a_fair_share(sizes, seed):
+    """3 to 10 % of the characters, equal texts together, each text once; or nothing."""
+    texts = [(chr(97 + number % 20) + str(seed % 7)) * size for number, size in enumerate(sizes)]
+    parts = data.set_aside(texts)
+    assert sorted(text for part in parts for text in part) == sorted(texts)
+    if len(parts) == 2:
+        share = len("".join(parts[1])) / len("".join(texts))
+        assert 0.03 <= share <= 0.1 and not {*parts[0]} & {*parts[1]}
+    else:
+        assert parts == [texts]
+    book = ["b" * 10**5, *(f"note {number}" for number in range(30))]
+    assert data.set_aside(book) == [book]
+    assert len(data.set_aside([f"note {number:2}" for number in range(30)])[1]) == 3
+
+
 def test_of_many_files_some_are_set_aside_whole(tmp_path):
     """A tenth, the same under other names; between files is a line break, and no text is lost."""
     texts = [f"file {number} ends here" + "\n" * (number % 2) for number in range(25)]

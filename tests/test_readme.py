@@ -35,7 +35,7 @@ def test_the_commands_shown_are_commands():
     commands = re.findall(r"python run\.py ([^`\n|]*)", README)
     flags = [flag for flag in re.findall(r"`(--[^`]*)`", README) if " " in flag]
     assert commands and flags
-    for arguments in {*commands, *flags} - {"--help"}:
+    for arguments in {*commands, *flags} - {"--help", "--help-all"}:
         parser.parse_args(arguments.split())
 
 
@@ -93,12 +93,16 @@ CHANGES = {                               # file of the package: (before this, t
                            'np.linspace(0, 0.5, config.depth + 1)], spa.uniform_kernel),\n'),
     "theory/activations.py": ('    "silu": ', '    "sine": lambda x, np, special: np.sin(x),\n'),
     "network/init.py": ('MLP_INITS = {"looks', 'mine = orthogonal_mlp\n'),
-    "training/optimizer.py": ('    "query": "qk"', '    "up": "first",\n')}
+    "training/optimizer.py": ('    "query": "qk"', '    "up": "first",\n')}   # a group of rates
 REPLACED = {
     "network/init.py": ('"gaussian": gaussian_mlp}', '"gaussian": gaussian_mlp, "mine": mine}'),
     "config.py": ('"looks_linear", "orthogonal", "gaussian")',
                   '"looks_linear", "orthogonal", "gaussian", "mine")'),
     "training/optimizer.py": ('"up": "mlp", "down"', '"down"')}
+AGAIN = {
+    "training/optimizer.py": [
+        ('MATRIX_GROUPS = "qk"', 'MATRIX_GROUPS = "first", "qk"'),
+        ('{"embed": np.float32(', '{"first": np.float32(0.0), "embed": np.float32(')]}
 
 
 def test_changing_something_as_the_readme_says(tmp_path):
@@ -110,12 +114,21 @@ def test_changing_something_as_the_readme_says(tmp_path):
         change(tmp_path / "minitf" / name, before, added + before)
     for name, (old, new) in REPLACED.items():
         change(tmp_path / "minitf" / name, old, new)
+    for name, pairs in AGAIN.items():
+        for pair in pairs:
+            change(tmp_path / "minitf" / name, *pair)
     flags = ("--depth 2 --width 8 --heads 2 --length 8 --batch 2 --steps 2 --attn mine --act sine "
              "--mlp-init mine --orthogonal-pull 0 --lr-mult-path 1 --out run").split()
     done = subprocess.run([sys.executable, "-c", "import minitf.cli.main as m, sys; "
                            f"assert m.__file__.startswith({str(tmp_path)!r}), m.__file__; "
                            f"m.main({flags!r})"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "validation loss" in done.stdout, done.stderr
+    # The new group's rate is 0: its matrix is where it was, all others moved.
+    first, last = (np.load(tmp_path / "run" / f"checkpoint-0000000{step}.npz") for step in (1, 2))
+    moved = {name for name in first if name.startswith("params/blocks")
+             and not np.array_equal(first[name], last[name])}
+    assert "params/blocks/up" in first and "params/blocks/up" not in moved
+    assert {"params/blocks/down", "params/blocks/value"} <= moved
 
 
 def change(path, old, new):

@@ -59,7 +59,6 @@ def test_a_search_goes_on_where_it_was_killed(tmp_path, calls, monkeypatch, caps
     assert first["number"] == 0 and first["flags"] == sweep.parse(TINY) | dict(seed=0)
     assert asked(tmp_path) == 0 and len(calls) == 3       # nothing is repeated
 
-    kept = json.dumps(first | dict(tokens_per_second=0))
     (tmp_path / "runs.jsonl").unlink()
     folder = tmp_path / "runs" / "half"
     main([*sweep.arguments(first["flags"]), "--out", str(folder)])
@@ -72,7 +71,7 @@ def test_a_search_goes_on_where_it_was_killed(tmp_path, calls, monkeypatch, caps
     assert calls[-1] == ["--resume", str(folder)] and not folder.exists()
     record, = sweep.read(tmp_path / "runs.jsonl")
     assert record["validation_loss"] == first["validation_loss"] and record["loss"] == first["loss"]
-    assert json.loads(kept)["flags"] == record["flags"]
+    assert first["flags"] == record["flags"]
     sweep.report([tmp_path / "runs.jsonl"], None)
     assert f"{record['validation_loss']:.3f}" in capsys.readouterr().out
 
@@ -100,9 +99,42 @@ def test_the_best_of_k_is_the_mean_over_all_choices(losses, k):
 
 
 def test_the_tables_that_are_kept_can_be_printed(capsys):
-    for name in ("trials", "laptop", "ladder"):
+    for name in ("trials", "long", "laptop", "ladder"):
         sweep.report([sweep.HERE / f"{name}.jsonl"], None)
-    assert "isometric" in capsys.readouterr().out
+        rows = capsys.readouterr().out.splitlines()[4:]
+        assert len(rows) > 5 and all(row.startswith("| `") for row in rows), name
+
+
+def test_a_run_that_diverges_is_a_result(tmp_path, monkeypatch, capsys):
+    """It is recorded, as the worst, and not tried again; what fails otherwise is not recorded."""
+    def run(arguments, **_):
+        folder = tmp_path / "runs" / arguments[-1].name
+        folder.mkdir(parents=True)
+        line = dict(step=0, loss=7.0, grad_norm=1.0, tokens_per_second=1.0)
+        (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        calls.append(folder)
+        return SimpleNamespace(returncode=len(calls), stderr=problem)
+
+    calls = []
+    monkeypatch.setattr(sweep.subprocess, "run", run)
+    problem = "run.py: the disk is full"
+    assert asked(tmp_path, random=0, best=0) == 1
+    assert not (tmp_path / "runs.jsonl").exists()
+    calls[0].rename(tmp_path / "gone")
+    problem = "run.py: loss is inf, gradient norm inf at step 1; the largest gradient"
+    assert asked(tmp_path, random=0, best=0) == 0
+    record, = sweep.read(tmp_path / "runs.jsonl")
+    assert sweep.loss(record) == np.inf and record["ended"] == problem
+    assert asked(tmp_path, random=0, best=0) == 0 and len(calls) == 2
+    sweep.report([tmp_path / "runs.jsonl"], None)
+    assert "inf" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", ["--init-from a", "--mesh data=2", "--out a", "--seed 5",
+                                   "--no-compilation-cache", "--processes 2"])
+def test_what_is_no_setting_is_no_flag_of_a_sweep(flags):
+    with pytest.raises(ValueError, match="not for a sweep"):
+        sweep.parse("--depth 2 " + flags)
 
 
 def test_a_run_begins_with_anothers_weights(tmp_path, monkeypatch, capsys):

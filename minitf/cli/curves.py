@@ -16,8 +16,10 @@ def read(folder):
     """The metrics of a run, a dict for each line; ValueError if the folder has none."""
     try:
         text = (folder / "metrics.jsonl").read_text()
-        return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
-    except (OSError, ValueError) as error:
+        lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+        require(all(type(line.get("step")) is int for line in lines), "its lines have no step")
+        return lines
+    except (OSError, ValueError, AttributeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{folder}/metrics.jsonl cannot be read: {reason}") from None
 
@@ -38,14 +40,14 @@ def summary(lines, parts=PARTS):
                             if "val_loss" in line])
 
 
-def draw(runs, path, logarithmic=False, **axes):
+def draw(runs, path, logarithmic=False, format=None):
     """Losses above, gradient norms below; lines are of training, dots of validation.
 
     Args:
       runs: {label: dict as `summary` returns, perhaps without grad_norm}.
       path: of the picture, a .png or what else matplotlib knows.
       logarithmic: the axes of steps and of losses.
-      axes: what matplotlib's `set` takes, for the upper panel.
+      format: as matplotlib names it; None: that of the path.
     """
     norms = any("grad_norm" in run for run in runs.values())
     picture, panels = figure((9, 7), 1 + norms, 1, sharex=True, squeeze=False,
@@ -54,17 +56,17 @@ def draw(runs, path, logarithmic=False, **axes):
     for number, (label, run) in enumerate(runs.items()):
         style = dict(color=f"C{number % 10}", lw=1, ls=("-", "--", ":")[number // 10 % 3])
         upper.plot(run["at"], run["loss"], label=label, **style)
-        upper.plot(*zip(*run["validation"]), "o", ms=4, color=style["color"])
+        if run["validation"]:
+            upper.plot(*zip(*run["validation"]), "o", ms=4, color=style["color"])
         if "grad_norm" in run:
             lower.semilogy(run["at"], run["grad_norm"], **style)
     if norms:
         lower.set(ylabel="largest gradient norm")
     lower.set(xlabel="step", xscale=scale)
-    upper.set(**dict(ylabel="nats a token: training (lines), validation (dots)", yscale=scale,
-                     xscale=scale) | axes)
+    upper.set(ylabel="nats a token: training (lines), validation (dots)", yscale=scale)
     picture.legend(fontsize="small", loc="outside lower center", ncols=2)
     upper.grid(alpha=0.3, which="both")
-    save(picture, path, format=path.suffix[1:].replace("part", "png"))
+    save(picture, path, format=format)
 
 
 def compare(folders, path, logarithmic):
@@ -78,5 +80,5 @@ def renew(folder):
     with suppress(Exception):
         if time.time() - (folder / "config.json").stat().st_mtime > SOON:
             part = folder / "loss.png.part"
-            draw({folder.name: summary(read(folder))}, part)
+            draw({folder.name: summary(read(folder))}, part, format="png")
             part.replace(folder / "loss.png")

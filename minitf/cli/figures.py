@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..config import resolve
+from ..errors import require
 from ..network import model
 from ..network.operations import REFERENCE
 from ..theory import activations
@@ -58,9 +59,14 @@ def c_maps(settings, path):
 
 
 def attention(settings, path):
-    """A of the first and the last head at four depths, as it is at the start."""
+    """A of the first and the last head at four depths, as it is at the start.
+
+    ValueError where A depends on the input.
+    """
+    settings = settings.replace(identity_skip=False)          # which has c of A beside attention
     config, shown = settings.model, min(settings.model.length, SHOWN)
     constants, family = attention_constants(config), FAMILIES[config.attn]
+    require(family.row_sums, f"A of attn {config.attn} is not prescribed: there is nothing to draw")
     positions = np.arange(shown)
     picture, panels = figure((13, 6.4), 2, 4)
     for column, layer in zip(panels.T, np.linspace(0, config.depth - 1, 4).astype(int)):
@@ -68,8 +74,7 @@ def attention(settings, path):
         bias = family.bias_rows(own, positions[:, None], positions) + np.zeros((1, shown, shown))
         weights = np.exp(bias) * np.tri(shown)
         matrices = weights / weights.sum(-1, keepdims=True)
-        if "row_scale" in own:
-            matrices = matrices * own["row_scale"][:, :shown, None]
+        matrices = matrices * own["row_scale"][:, :shown, None]
         for axis, head in zip(column, (0, -1)):
             image = axis.imshow(np.maximum(matrices[head], LEAST), cmap="gray_r",
                                 norm="log", vmin=LEAST, vmax=1)
@@ -80,7 +85,7 @@ def attention(settings, path):
 
 
 def jacobian(settings, path):
-    """The effective rank of a token's Jacobian by depth, of each preset at this size."""
+    """The participation ratio of a token's Jacobian by depth, of each preset at this size."""
     size = {name: getattr(settings.model, name) for name in ("depth", "width", "heads", "length")}
     picture, axis = figure((7, 4.5))
     for number, preset in enumerate(("isometric", "paper", "normless", "preln")):
@@ -90,8 +95,8 @@ def jacobian(settings, path):
         found = jacobians(params, attention_constants(config), x, config)[0]
         ranks = participation_ratio(singular_values(found))
         axis.plot(np.arange(len(ranks)) + 1, ranks, f"C{number}-", label=preset)
-    axis.set(xlabel="block", ylabel="effective rank of the Jacobian", yscale="log",
-             title=f"width {config.width}")
+    axis.set(xlabel="block", ylabel="participation ratio of the Jacobian's singular values",
+             yscale="log", title=f"width {config.width}")
     axis.legend()
     save(picture, path)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from ..config import FIELDS, GROUPS, Sampling, kind, resolve
+from ..config import FIELDS, SECTIONS, Sampling, kind, resolve
 from ..errors import OutOfReach, Parser, look_up, require
 from ..network.fast import hardware
 from ..presets import PRESETS, untuned
@@ -203,11 +203,11 @@ def make_parser():
                         "where the first is; auto: as Slurm, Kubernetes or a TPU pod say")
     for name, text in ("process-id", "which one this is, from 0"), ("processes", "how many"):
         parser.add_argument("--" + name, type=int, metavar="N", help=text)
-    groups = {name: parser.add_argument_group(name) for name in GROUPS}
+    groups = {name: parser.add_argument_group(name) for name in SECTIONS}
     groups["method"].add_argument("--preset", default=argparse.SUPPRESS, metavar="|".join(PRESETS),
                                   help="a whole network with its rates (default: isometric)")
     listed = {each.name: each for each in (*fields(Sampling), *FIELDS)}    # seed serves both
-    for each in sorted(listed.values(), key=lambda each: GROUPS.index(each.metadata["group"])):
+    for each in sorted(listed.values(), key=lambda each: SECTIONS.index(each.metadata["group"])):
         groups[each.metadata["group"]].add_argument(
             "--" + each.name.replace("_", "-"), default=argparse.SUPPRESS,
             help=each.metadata["text"].replace("%", "%%"), **how_to_parse(each))

@@ -37,8 +37,9 @@ def draw_reports(reports, columns, path):
         for axis, depth in zip(line, np.linspace(0, len(kernels) - 1, 4).round().astype(int)):
             image = draw_kernel(axis, kernels[depth], f"{label}, block {depth}")
     picture.colorbar(image, ax=axes[:-1], label="cosine of two positions' activations", shrink=0.6)
+    styles = "k-", "k:", *(f"C{number}-" for number in range(10))
     for axis, name in zip(axes[-1], columns):
-        for (label, out), style in zip(reports.items(), ("k-", "k:", "C0-", "C3-")):
+        for (label, out), style in zip(reports.items(), styles):
             draw_prediction(axis, out, name, label, style)
         axis.set(xlabel="block", ylabel=name, yscale="linear" if "cosine" in name else "log")
     axes[-1][1].legend(fontsize="small")

@@ -7,9 +7,11 @@ from itertools import chain, takewhile
 import numpy as np
 
 from ..config import resolve
+from ..errors import require
 from ..network import decode, fast
+from ..theory.kernels import network_activation
 from ..training import checkpoint, data, sharding, train
-from ..training.encoding import END, byte_lengths, known
+from ..training.encoding import END, byte_lengths, known, pack_encoding
 from .progress import stream
 
 
@@ -54,7 +56,7 @@ def evaluate(folder, names, mesh=None):
     """
     saved = checkpoint.newest(folder)[0]
     config, encoding, size = saved.settings.model, saved.encoding, saved.settings.training.at_once
-    tokens = data.read_tokens(names, encoding)[0] if names else \
+    tokens = data.read_tokens(names, encoding, whole=True)[0] if names else \
         data.load(saved.settings.data, config.length, encoding).validation
     lengths, nats, total, count = byte_lengths(encoding), 0.0, 0, len(tokens) - 1
     with sharding.use(mesh, saved.settings):
@@ -71,18 +73,22 @@ def evaluate(folder, names, mesh=None):
 def export(folder, path):
     """Writes the weights of a run's newest checkpoint as .safetensors.
 
-    Names are those of the parameters, as blocks.value, and of the constants, as constants.slope;
-    the metadata hold the ModelConfig as JSON.
+    Names are those of the parameters, as blocks.value, of the constants, as constants.slope, and
+    of the encoding's arrays, as encoding.ranks. The metadata, JSON, are the ModelConfig, the
+    activation as `Activation` has it, and the encoding's name, pattern and special tokens.
     """
     try:
         from safetensors.numpy import save
     except ImportError:
         raise ValueError("--export needs safetensors: pip install safetensors") from None
-    config, params, constants, _ = checkpoint.model_of(checkpoint.newest(folder)[0])
-    tree = {**params, "constants": constants}
+    config, params, constants, encoding = checkpoint.model_of(checkpoint.newest(folder)[0])
+    pairs, names = pack_encoding(encoding)
+    tree = {**params, "constants": constants, "encoding": pairs}
     arrays = {name.replace("/", "."): np.ascontiguousarray(leaf)
               for name, leaf in train.named_leaves(tree)}
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(save(arrays, {"config": json.dumps(asdict(config))}))
-    part.replace(path)
-    print(f"{path}: {len(arrays)} arrays, {sum(leaf.size for leaf in arrays.values()):,} numbers")
+    metadata = {"config": asdict(config), "activation": asdict(network_activation(config)),
+                "encoding": names}
+    content = save(arrays, {name: json.dumps(value) for name, value in metadata.items()})
+    require(not path.exists(), f"{path} exists already")
+    checkpoint.write(path, lambda file: file.write(content))
+    print(f"{path}: {len(arrays)} arrays, {len(content):,} bytes")

@@ -84,10 +84,10 @@ def sample(params, constants, tokens, count, config, seed=0, temperature=1.0, to
     learned positions nor what attention has learned is known there. A context that fills it is cut
     to its last half and encoded anew, one forward pass in T / 2 tokens.
     """
-    require(len(tokens), "sampling needs a token to begin with: the prompt must not be empty")
     tokens = model.check_tokens(tokens, len(params["embed"]))
     require(tokens.ndim == 1, "sampling goes on with one sequence, not with several")
-    Sampling(tokens=count, temperature=float(temperature), top_k=top_k, seed=seed)    # checks
+    require(temperature is not None, "temperature must be a number, at least 0")
+    Sampling(tokens=count, temperature=temperature, top_k=top_k, seed=seed)    # ValueError
     return drawn_tokens(params, constants, tokens.tolist(), count, config, seed, temperature,
                         top_k, known)
 

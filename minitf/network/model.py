@@ -29,8 +29,8 @@ def forward(params, constants, tokens, config, ops=REFERENCE):
     tokens = check_tokens(tokens, len(params["embed"]), config.length)
     after = [(0, 0)] * (tokens.ndim - 1) + [(0, config.length - tokens.shape[-1])]
     padded = jnp.pad(tokens, after)               # which changes nothing before it
-    x = final_hidden(params, constants, padded, config, ops)
-    return unembed(params, x).reshape(*padded.shape, -1)[..., :tokens.shape[-1], :]
+    x = final_hidden(params, constants, padded, config, ops).reshape(*padded.shape, -1)
+    return unembed(params, x[..., :tokens.shape[-1], :])
 
 
 def token_losses(params, constants, windows, config, ops=REFERENCE):
@@ -68,7 +68,7 @@ def embed(params, tokens, config, start=0):
 
 
 def unembed(params, x):
-    """x (N, d) -> logits (N, V)."""
+    """x (..., d) -> logits (..., V)."""
     return x @ params["head"].astype(x.dtype)
 
 

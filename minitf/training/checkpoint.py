@@ -183,6 +183,14 @@ def lock(folder):
 
 # --- Loading ----------------------------------------------------------------------------
 
+def digest(params):
+    """The SHA-256 of parameters."""
+    sums = hashlib.sha256()
+    for _, leaf in named_leaves(params):
+        sums.update(np.ascontiguousarray(leaf))
+    return sums.hexdigest()
+
+
 def load(place):
     """The Model of a run's folder, its newest usable checkpoint, or of a checkpoint's file.
 

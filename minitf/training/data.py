@@ -4,6 +4,7 @@ import io
 import json
 import threading
 import time
+from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -51,7 +52,7 @@ def load(config, length, encoding=None):
     validation, validation_counts = tokens[end:], counts[1]
     if val_data:
         end, counts, held_out = len(tokens), counts.sum(0)[None], "val-data"
-        validation, _, validation_counts, *_ = read_tokens(val_data, encoding)
+        validation, _, validation_counts, *_ = read_tokens(val_data, encoding, whole=True)
         validation_counts = validation_counts.sum(0)
     require(np.count_nonzero(counts.sum(0)) > 1,
             "data is one token again and again: there is nothing to learn")
@@ -66,41 +67,49 @@ def load(config, length, encoding=None):
                   held_out, verify)
 
 
-def read_tokens(names, encoding=None):
+def read_tokens(names, encoding=None, whole=False):
     """(tokens, where validation begins, both parts' counts (2, V), encoding, checksum or None,
 
     what the validation text is).
 
     names: comma-separated, or a prepared folder. encoding: an Encoding, a name, or None for the
-    prepared folder's, else the included one.
+    prepared folder's, else the included one. whole: files stay in their order, none is set aside.
     """
     manifest = read_manifest(names)
     if manifest:
         return read_prepared(Path(names), manifest, encoding)
     if not isinstance(encoding, tiktoken.Encoding):
         encoding = load_encoding(encoding or str(RANKS))
-    parts = set_aside([read_text(path) for path in find_files(names.split(","))])
-    tokens, *held_out = (encode_files(part, encoding) for part in parts)
-    if not held_out:
+    texts = [read_text(path) for path in find_files(names.split(","))]
+    parts = [texts] if whole else set_aside(texts)
+    tokens, *validation = (encode_files(part, encoding) for part in parts)
+    if not validation:
         return tokens, *split(tokens, count(tokens, encoding.n_vocab)), encoding, None, LAST
-    counts = np.array([count(part, encoding.n_vocab) for part in (tokens, *held_out)])
-    return (np.concatenate([tokens, *held_out]), len(tokens), counts, encoding, None,
+    counts = np.array([count(part, encoding.n_vocab) for part in (tokens, *validation)])
+    return (np.concatenate([tokens, *validation]), len(tokens), counts, encoding, None,
             f"{len(parts[1])} whole files")
 
 
 def set_aside(texts):
-    """[texts to train on, texts to validate on], or [all] where there are fewer than MANY.
+    """[texts to train on, texts to validate on], or [all] where that is no fair share.
 
-    About a tenth, at least one, by the least SHA-256 of their text: the same wherever they lie.
+    Of MANY texts or more, equal ones counted once: those of the least SHA-256, the same wherever
+    they lie, up to a tenth of all characters; a text that would exceed it stays. At least 3 % must
+    come together.
     """
-    if len(texts) < MANY:
+    total, chosen = sum(map(len, texts)), set()
+    of_hash = {hashlib.sha256(text.encode()).digest(): text for text in texts}
+    count = Counter(texts)
+    room = total / 10
+    for own, text in sorted(of_hash.items()) if len(of_hash) >= MANY else ():
+        size = len(text) * count[text]
+        if size <= room:
+            chosen.add(text)
+            room -= size
+    if total / 10 - room < 0.03 * total:
         return [texts]
-    hashes = [hashlib.sha256(text.encode()).digest() for text in texts]
-    chosen = {*sorted(hashes)[:len(texts) // 10]}
-    parts = [[], []]
-    for text, own in zip(texts, hashes):
-        parts[own in chosen].append(text)
-    return parts if parts[0] else [texts]
+    return [[text for text in texts if text not in chosen],
+            [text for text in texts if text in chosen]]
 
 
 def split(tokens, counts):

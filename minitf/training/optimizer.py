@@ -23,8 +23,8 @@ GROUPS = {
     "up": "mlp", "down": "mlp",
 }
 MATRIX_GROUPS = "qk", "vo", "mlp"
-# What a token passes on of itself through a block is linear but for the nonlinear part of phi:
-# x W^V W^O, and m/2 x W_1 W_2, as phi^(z) = m/2 z + an even function. The pairs by group.
+# What a token passes on of itself through a block, but for the nonlinear part of phi: in attention
+# about c x W^V W^O, in the MLP m/2 x W_1 W_2, where phi^(z) = m/2 z + an even function. The pairs.
 LINEAR_PATH = {"vo": ("value", "output"), "mlp": ("up", "down")}
 
 

@@ -1,7 +1,7 @@
 """What a training step costs against depth, width and length, on an accelerator: bench.py's runs.
 
-    python experiments/curves.py run [depth width ...]     adds what curves.jsonl lacks
-    python experiments/curves.py report                    prints a table, draws curves.png
+    python experiments/costs.py run [depth width ...]     adds what costs.jsonl lacks
+    python experiments/costs.py report                    prints a table, draws costs.png
 
 32,768 tokens a step but in the last, AdamW, 50,304 tokens in the vocabulary; one process a shape,
 so that each has its own peak of memory.
@@ -15,7 +15,7 @@ from records import HERE, add, command, header, read, row
 
 from minitf.cli.pictures import figure, save
 
-RECORDS, TOKENS = HERE / "curves.jsonl", 32768
+RECORDS, TOKENS = HERE / "costs.jsonl", 32768
 SHARE = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}    # of the card's memory; jax takes 0.75
 BASE = dict(depth=36, width=512, heads=8, length=512)
 CURVES = {  # curve: shapes, each BASE with changes
@@ -69,7 +69,7 @@ def report():
     axes[0][2].legend()
     for axis in axes.flat:
         axis.set_ylim(bottom=0)
-    save(picture, HERE / "curves.png")
+    save(picture, HERE / "costs.png")
 
 
 if __name__ == "__main__":
