@@ -241,10 +241,14 @@ def report(files, plot):
 def mean_of(group):
     """What `curves.draw` takes, as a mean over runs of the same steps."""
     same = [each for each in group if each["at"] == group[0]["at"]]
-    names = [name for name in ("loss", "grad_norm", "validation")
-             if all(name in each for each in same)]
-    return dict(at=group[0]["at"]) | {
-        name: np.mean([each[name] for each in same], 0).tolist() for name in names}
+    by_step = {}
+    for step, value in (pair for each in same for pair in each["validation"]):
+        by_step.setdefault(step, []).append(value)
+    mean = dict(at=group[0]["at"], validation=[[at, np.mean(by_step[at])] for at in by_step])
+    for name in ("loss", "grad_norm"):
+        if all(name in each for each in same):
+            mean[name] = np.mean([each[name] for each in same], 0)
+    return mean
 
 
 def main():

@@ -64,6 +64,8 @@ def draw(runs, path, logarithmic=False, format=None):
         lower.set(ylabel="largest gradient norm")
     lower.set(xlabel="step", xscale=scale)
     upper.set(ylabel="nats a token: training (lines), validation (dots)", yscale=scale)
+    for ticks in (upper.yaxis.set_major_formatter, upper.yaxis.set_minor_formatter):
+        ticks("{x:g}")
     picture.legend(fontsize="small", loc="outside lower center", ncols=2)
     upper.grid(alpha=0.3, which="both")
     save(picture, path, format=format)
