@@ -150,7 +150,8 @@ class TrainingConfig(Checked):
                                "W^V W^O and W_1 W_2 (default: 1)", low=0)
     orthogonal_pull: float = flag("additions", "share by which a step brings these products back "
                                   "to rotations", low=0, high=1)
-    pull_groups: str = flag("additions", "which products, of vo,mlp (default: vo,mlp)")
+    pull_groups: str = flag("additions", "which products, of vo,mlp (default: vo without "
+                             "identity-skip, mlp with mlp-init looks_linear)")
 
     @property
     def at_once(self):
@@ -199,7 +200,7 @@ FIELDS = (*fields(ModelConfig), *fields(TrainingConfig), *fields(DataConfig))
 DEFAULTS = dict(depth=36, width=64, heads=4, length=64, rho=0.8, eta=0.9, zeta=1.5, tau=0.3,
                 position="rope", row_scale="unit", identity_skip=False, remat=False,
                 steps=400, batch=16, accumulate=1, seed=0, weight_decay=0.0, lr_mult_path=1.0,
-                orthogonal_pull=0.0, pull_groups="vo,mlp", data=None, val_data=None, encoding=None)
+                orthogonal_pull=0.0, data=None, val_data=None, encoding=None)
 
 
 @dataclass(frozen=True)
@@ -254,6 +255,8 @@ def resolve(preset="isometric", collision_rate=0.0, backend="cpu", **flags):
         lr_mult_qk=rates.qk,
         lr_mult_vo=rates.vo,
         decay_groups=rates.decay_groups,
+        pull_groups=",".join(["vo"] * (not values["identity_skip"])
+                             + ["mlp"] * (values["mlp_init"] == "looks_linear")),
         warmup=values["steps"] // 20,
         save_every=max(values["steps"] // 5, 1)) | values
     values.setdefault("rho_first", min(values["token_collision_rate"], 0.999))

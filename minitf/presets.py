@@ -44,8 +44,7 @@ PRESETS = {
     "identity-skip": dict(
         attn="espa", identity_skip=True, alpha=0.0, beta=1.0, norm="none", act="gelu",
         transform="none", init="orthogonal", mlp_init="looks_linear", head_init="zero",
-        optimizer="muon", lr_mult_path=0.1, orthogonal_pull=0.2, pull_groups="mlp",
-        weight_decay=0.1,
+        optimizer="muon", lr_mult_path=0.1, orthogonal_pull=0.2, weight_decay=0.1,
         rates=dict(muon=Rates(3e-4, 270.0, 16.0, 11.0, "qk,vo"),
                    adamw=Rates(2e-4, 512.0, 18.0, 12.0)),
         depth_power=0.5),

@@ -91,6 +91,7 @@ def test_gamma_by_length(flags, expected):
 CHAINS = ("isometric", "paper", "identity-skip")           # without skips: rates fall with depth
 FOLLOWS = {                                                # of each flag, what else changes
     "width": {"learning_rate"}, "heads": {"gamma"}, "alpha": {"beta"},
+    "identity_skip": {"pull_groups"}, "mlp_init": {"pull_groups"},
     "token_collision_rate": {"rho_first"}, "steps": {"warmup", "save_every"}}
 OF_RATES = {"learning_rate", "lr_mult_embed", "lr_mult_qk", "lr_mult_vo", "decay_groups"}
 OTHERS = dict(                                             # two values each: one is another
@@ -99,7 +100,7 @@ OTHERS = dict(                                             # two values each: on
     transform=("dks", "none"), eta=(0.8, 0.9), zeta=(1.4, 1.5), tau=(0.2, 0.3),
     alpha=(0.6, 0.0), norm=("rms", "none"), position=("learned", "rope"),
     row_scale=("unit", "row-sum"), identity_skip=(False, True), init=("orthogonal", "gaussian"),
-    mlp_init=("orthogonal", "gaussian"), head_init=("zero", "gaussian"),
+    mlp_init=("looks_linear", "orthogonal"), head_init=("zero", "gaussian"),
     token_collision_rate=(0.5, 0.0), dtype=("bfloat16", "float32"), remat=(True, False),
     steps=(1000, 400), batch=(3, 16), accumulate=(4, 1), seed=(5, 0), optimizer=("muon", "adamw"),
     learning_rate=(0.123, 1.0), warmup=(7, 20), save_every=(9, 80), lr_mult_embed=(3.3, 1.0),
