@@ -13,6 +13,7 @@ from hypothesis import given, strategies as st
 from minitf import resolve
 from minitf.cli import curves
 from minitf.cli.main import main
+from minitf.cli.metrics import Metrics
 from minitf.training import checkpoint
 
 TINY = "--depth 2 --width 8 --heads 2 --length 8 --batch 2 --steps 4 --save-every 2"
@@ -148,37 +149,34 @@ def test_a_run_begins_with_anothers_weights(tmp_path, monkeypatch, capsys):
     assert further.settings.model == trained.settings.model and further.step == 3
     for one, other in zip(*map(jax.tree.leaves, (trained.params, further.params))):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+    check_export(first, tmp_path, capsys)
     for wrong in (["--width", "16"], ["--preset", "paper"], ["--encoding", "gpt2"]):
         with pytest.raises(SystemExit) as end:
             main(["--init-from", first, *wrong])
         assert end.value.code == 2 and "--init-from" in capsys.readouterr().err
 
 
-def test_weights_are_exported(tmp_path, monkeypatch, capsys):
+def check_export(folder, tmp_path, capsys):
     safetensors = pytest.importorskip("safetensors.numpy")
-    monkeypatch.setattr("minitf.cli.loop.show_sample", lambda *_: None)
-    main([*TINY.split(), "--out", str(tmp_path / "run")])
-    main(["--export", str(tmp_path / "run"), str(tmp_path / "weights.safetensors")])
+    main(["--export", folder, str(tmp_path / "weights.safetensors")])
     found = safetensors.load_file(tmp_path / "weights.safetensors")
-    params = checkpoint.newest(tmp_path / "run")[0].params
+    params = checkpoint.newest(folder)[0].params
     np.testing.assert_array_equal(found["blocks.value"], params["blocks"]["value"])
     np.testing.assert_array_equal(found["embed"], params["embed"])
-    assert {"constants.row_scale", "constants.slope"} < found.keys()
-    with pytest.raises(SystemExit) as end:
-        main(["--export", str(tmp_path / "run"), str(tmp_path / "no" / "such")])
-    assert end.value.code == 2 and "No such file" in capsys.readouterr().err
+    assert "encoding.ranks" in found
+    for path in (tmp_path / "no" / "such", tmp_path / "weights.safetensors"):
+        with pytest.raises(SystemExit) as end:
+            main(["--export", folder, str(path)])
+        assert end.value.code == 2 and "such" in str(path) or "exists" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
-def test_a_tracker_is_given_the_metrics(tmp_path, monkeypatch, capsys, name):
-    """Each step's and each evaluation's numbers; what it raises, or lacks, never loses a run."""
-    monkeypatch.setattr("minitf.cli.loop.show_sample", lambda *_: None)
-    command = [*TINY.split(), "--log-to", name, "--out"]
+def test_a_tracker_is_given_the_metrics(tmp_path, monkeypatch, name):
+    """Numbers alone; what it raises loses no line; without its package it is refused at once."""
     for package in ("tensorboardX", "torch.utils.tensorboard", "wandb"):
         monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(SystemExit) as end:
-        main([*command, str(tmp_path / "none")])
-    assert end.value.code == 2 and "pip install" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="pip install"):
+        Metrics(tmp_path, resolve(), name)
     seen = []
 
     class Writer:
@@ -187,7 +185,7 @@ def test_a_tracker_is_given_the_metrics(tmp_path, monkeypatch, capsys, name):
 
         def add_scalar(self, name, value, step):
             seen.append((step, name, value))
-            if len(seen) == 3:
+            if len(seen) == 1:
                 raise RuntimeError("the tracker's disk is full")
 
         def flush(self):
@@ -199,11 +197,12 @@ def test_a_tracker_is_given_the_metrics(tmp_path, monkeypatch, capsys, name):
 
     monkeypatch.setitem(sys.modules, "tensorboardX", SimpleNamespace(SummaryWriter=Writer))
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: Writer("")))
-    main([*command, str(tmp_path / "run")])
-    steps = [line for line in curves.read(tmp_path / "run") if "loss" in line]
-    assert [(step, value) for step, name, value in seen if name == "loss"] == [
-        (line["step"], line["loss"]) for line in steps]
-    assert {name for _, name, _ in seen} >= {"loss", "grad_norm", "val_loss"}
+    lines = [{"step": 0, "loss": 1.5}, {"step": 1, "mean_square": [1.0], "val_loss": 2.5}]
+    with Metrics(tmp_path, resolve(), name) as metrics:
+        for line in lines:
+            metrics.add(line)
+        assert metrics.lines() == lines
+    assert seen == [(0, "loss", 1.5), (1, "val_loss", 2.5)]
 
 
 def test_curves_of_runs(tmp_path, monkeypatch, capsys):
