@@ -214,7 +214,7 @@ def test_curves_of_runs(tmp_path, monkeypatch, capsys):
     begins = (tmp_path / "run" / "loss.png").read_bytes()[:4]
     main(["--curves", folder, folder, "--plot", str(picture), "--log-axes"])
     assert begins == picture.read_bytes()[:4] == b"\x89PNG"
-    for name in ("c-maps", "attention", "rank-collapse"):
+    for name in ("c-maps", "attention"):
         main(["--figure", name, *TINY.split()[:8], "--plot", str(tmp_path / f"{name}.png")])
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
     for arguments, said in (([folder], "--plot"), ([str(tmp_path), "--plot", "a.png"], "metrics"),
