@@ -23,7 +23,7 @@ from minitf.training import checkpoint, data
 from minitf.training.encoding import load_encoding
 from minitf.training.optimizer import group_rates, make_optimizer
 
-CASES = int(os.environ.get("MINITF_FUZZ", 100))
+CASES = int(os.environ.get("MINITF_FUZZ", 60))
 NASTY = ["", " ", "0", "-1", "-0.0", "1", "2", "3", "0.5", "1e-300", "1e300", "1e999", "-inf",
          "nan", "1e5", "99999999999999999999", "9" * 5000, "0x10", "1_000", "٣", "½", "None",
          "True", "[]", "../..", "/dev/null", "/", "~", "*", "**", ",", ",,,", "a\nb", "\x1b[31m",
