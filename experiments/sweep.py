@@ -29,8 +29,8 @@ from records import HERE, add, header, parser, read, row
 
 from minitf import __version__, resolve
 from minitf.cli import curves
-from minitf.errors import require
 from minitf.cli.main import MODES, PROCESSES, make_parser
+from minitf.errors import require
 
 DIVERGED = re.compile("loss is .*gradient norm .* at step")         # how run.py ends then
 # What a random search varies, each between its own value over this number and times it.
@@ -199,11 +199,16 @@ def best_of(losses, k):
     return sum(comb(n - 1 - i, k - 1) * each for i, each in enumerate(ordered)) / comb(n, k)
 
 
+def common(flags, others):
+    """Those of the flags that all the others have too."""
+    return {name: value for name, value in flags.items()
+            if all(name in each and each[name] == value for each in others)}
+
+
 def label(flags, others):
     """The flags, but for those that all the others have too, and the seed."""
-    shared = [name for name in flags if all(name in each and each[name] == flags[name]
-                                            for each in others)]
-    shown = {name: value for name, value in flags.items() if name not in (*shared, "seed")}
+    hidden = (*common(flags, others), "seed")
+    shown = {name: value for name, value in flags.items() if name not in hidden}
     return shlex.join(arguments(shown)) or "as they are"
 
 
@@ -217,9 +222,8 @@ def report(files, plot):
         said = f"{name}: " * bool(name) + label(each["flags"], alike)
         groups.setdefault(said, []).append(each)
     ordered = sorted(groups.items(), key=lambda item: np.mean([*map(loss, item[1])]))
-    shared = everyone and {name: value for name, value in everyone[0].items()
-                           if all(each.get(name) == value for each in everyone)}
-    print(f"All: `{shlex.join(arguments(shared or {}))}`. Validation loss: the mean over seeds. "
+    shared = common(everyone[0], everyone) if everyone else {}
+    print(f"All: `{shlex.join(arguments(shared))}`. Validation loss: the mean over seeds. "
           "Gradient norm: the largest after step 500 over that at step 500.\n")
     print(header("flags", "seeds", "validation loss", "spread", "gradient norm, see above"))
     for name, group in ordered:

@@ -1,27 +1,15 @@
 """How runs went, as a picture: loss.png in a run's folder, and --curves DIR ... --plot FILE."""
-import json
 import time
 from contextlib import suppress
 
 import numpy as np
 
 from ..errors import require
+from .metrics import read
 from .pictures import figure, save
 
 PARTS = 200                                # of a run's steps, each a point of its line
 SOON = 10                                  # seconds: of a run as young as that nothing is drawn
-
-
-def read(folder):
-    """The metrics of a run, a dict for each line; ValueError if the folder has none."""
-    try:
-        text = (folder / "metrics.jsonl").read_text()
-        lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
-        require(all(type(line.get("step")) is int for line in lines), "its lines have no step")
-        return lines
-    except (OSError, ValueError, AttributeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{folder}/metrics.jsonl cannot be read: {reason}") from None
 
 
 def summary(lines, parts=PARTS):

@@ -13,7 +13,7 @@ from ..theory import activations
 from ..theory.families import FAMILIES
 from ..theory.kernels import attention_constants
 from .inspection import COLUMNS, initialise, read_windows, report
-from .pictures import draw_prediction, draw_reports, figure, save
+from .pictures import draw_columns, draw_reports, figure, save
 
 SHOWN, LEAST = 64, 1e-4                    # of an attention matrix: positions, smallest entry
 
@@ -28,11 +28,7 @@ def reports_by_family(settings):
 def rank_collapse(settings, path):
     """Mean cosine and effective rank of the tokens by depth, for each attention family."""
     picture, panels = figure((11, 4.5), 1, 2)
-    for axis, name in zip(panels, ("mean cosine", "effective rank")):
-        axis.set(xlabel="block", ylabel=name, yscale="linear" if "cosine" in name else "log")
-    for number, (label, out) in enumerate(reports_by_family(settings).items()):
-        for axis, name in zip(panels, ("mean cosine", "effective rank")):
-            draw_prediction(axis, out, name, label, f"C{number}-")
+    draw_columns(panels, ("mean cosine", "effective rank"), reports_by_family(settings))
     panels[0].legend(fontsize="small")
     save(picture, path)
 

@@ -44,7 +44,8 @@ def train(settings, out, mesh, trained=None, log_to=None):
     if sharding.first():
         require_new(out)
     corpus, settings = read_corpus(settings, trained and trained.encoding)
-    digest = trained and checkpoints.digest(trained.params)
+    several = jax.process_count() > 1
+    digest = checkpoints.digest(trained.params) if trained and several else None
     sharding.require_same("flags and data", f"{settings} {corpus.digest} {digest}")
     model, vocabulary = settings.model, encodings.vocabulary(corpus.encoding)
     require_memory(settings, vocabulary)

@@ -4,6 +4,20 @@ import os
 from contextlib import suppress
 from dataclasses import asdict
 
+from ..errors import require
+
+
+def read(folder):
+    """The metrics of a run, a dict for each line; ValueError if the folder has none."""
+    try:
+        text = (folder / "metrics.jsonl").read_text()
+        lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+        require(all(type(line.get("step")) is int for line in lines), "its lines have no step")
+        return lines
+    except (OSError, ValueError, AttributeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{folder}/metrics.jsonl cannot be read: {reason}") from None
+
 
 def tensorboard(folder, settings):
     """TensorBoard's event files in the run's folder, by tensorboardX or PyTorch."""
@@ -50,8 +64,7 @@ class Metrics:
 
     def __init__(self, folder, settings, log_to):
         self.track = start_tracker(log_to, folder, settings) if log_to else None
-        self.path = folder / "metrics.jsonl"
-        self.file = open(self.path, "a")
+        self.folder, self.file = folder, open(folder / "metrics.jsonl", "a")
 
     def __enter__(self):
         return self
@@ -69,7 +82,7 @@ class Metrics:
     def lines(self):
         """Those of before, too."""
         self.file.flush()
-        return [json.loads(line) for line in self.path.read_text().splitlines()]
+        return read(self.folder)
 
     def sync(self):
         """All lines are on disk."""

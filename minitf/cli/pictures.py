@@ -1,4 +1,4 @@
-"""Pictures, by matplotlib if it is installed: what --inspect shows."""
+"""Pictures, by matplotlib if it is installed: their files, and reports of inspection.py."""
 import numpy as np
 
 from ..theory.kernels import correlation
@@ -37,21 +37,21 @@ def draw_reports(reports, columns, path):
         for axis, depth in zip(line, np.linspace(0, len(kernels) - 1, 4).round().astype(int)):
             image = draw_kernel(axis, kernels[depth], f"{label}, block {depth}")
     picture.colorbar(image, ax=axes[:-1], label="cosine of two positions' activations", shrink=0.6)
-    styles = "k-", "k:", *(f"C{number}-" for number in range(10))
-    for axis, name in zip(axes[-1], columns):
-        for (label, out), style in zip(reports.items(), styles):
-            draw_prediction(axis, out, name, label, style)
-        axis.set(xlabel="block", ylabel=name, yscale="linear" if "cosine" in name else "log")
+    draw_columns(axes[-1], columns, reports)
     axes[-1][1].legend(fontsize="small")
     save(picture, path)
 
 
-def draw_prediction(axis, out, name, label, style):
-    """A column of a report as a line, what is predicted of it as circles."""
-    line, = axis.plot(out[name], style, label=label)
-    if "predicted " + name in out:
-        axis.plot(out["predicted " + name], "o", color=line.get_color(), mfc="none", ms=4,
-                  label=label.replace("measured", "predicted"))
+def draw_columns(axes, columns, reports):
+    """A column of all reports on each axis, over depth: lines; what is predicted: circles."""
+    styles = "k-", "k:", *(f"C{number}-" for number in range(10))
+    for axis, name in zip(axes, columns):
+        for (label, out), style in zip(reports.items(), styles):
+            line, = axis.plot(out[name], style, label=label)
+            if "predicted " + name in out:
+                axis.plot(out["predicted " + name], "o", color=line.get_color(), mfc="none", ms=4,
+                          label=label.replace("measured", "predicted"))
+        axis.set(xlabel="block", ylabel=name, yscale="linear" if "cosine" in name else "log")
 
 
 def draw_kernel(axis, kernel, title):

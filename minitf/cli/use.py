@@ -81,6 +81,7 @@ def export(folder, path):
         from safetensors.numpy import save
     except ImportError:
         raise ValueError("--export needs safetensors: pip install safetensors") from None
+    require(not path.exists(), f"{path} exists already")
     config, params, constants, encoding = checkpoint.model_of(checkpoint.newest(folder)[0])
     pairs, names = pack_encoding(encoding)
     tree = {**params, "constants": constants, "encoding": pairs}
@@ -89,6 +90,5 @@ def export(folder, path):
     metadata = {"config": asdict(config), "activation": asdict(network_activation(config)),
                 "encoding": names}
     content = save(arrays, {name: json.dumps(value) for name, value in metadata.items()})
-    require(not path.exists(), f"{path} exists already")
     checkpoint.write(path, lambda file: file.write(content))
     print(f"{path}: {len(arrays)} arrays, {len(content):,} bytes")

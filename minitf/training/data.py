@@ -68,9 +68,10 @@ def load(config, length, encoding=None):
 
 
 def read_tokens(names, encoding=None, whole=False):
-    """(tokens, where validation begins, both parts' counts (2, V), encoding, checksum or None,
+    """The tokens of texts, and what is known of them.
 
-    what the validation text is).
+    Returns (tokens, where validation begins, both parts' counts (2, V), encoding, checksum or
+    None, what the validation text is).
 
     names: comma-separated, or a prepared folder. encoding: an Encoding, a name, or None for the
     prepared folder's, else the included one. whole: files stay in their order, none is set aside.

@@ -148,11 +148,11 @@ def hold_linear_path():
 
 
 def held(weights, updates, pull, rate, size):
-    """Updates of a pair w1 (L, d, n), w2 (L, n, d), such that W = w1 w2 moves as it shall.
+    """Updates of a pair w1 (L, d, n), w2 (L, n, d), corrected for what they do to W = w1 w2.
 
-    To first order by `rate` of what it would, and by `pull` of the way to the rotation times
-    `size` that is near, a Newton-Schulz step: (W - W W^T W / size^2) / 2. They are the nearest
-    such updates, each matrix measured in units of its own size.
+    To first order W then changes by `rate` times what it would, and by `pull` times a Newton-Schulz
+    step towards a rotation times `size`: (W - W W^T W / size^2) / 2. The correction is the least
+    that does it, each matrix measured in units of its own size.
     """
     (w1, w2), (u1, u2) = weights, updates
     t = lambda matrices: jnp.swapaxes(matrices, 1, 2)
@@ -172,12 +172,13 @@ def solve_sum(g1, g2, e, steps=4):
     nearly, and never beyond.
     """
     dot = lambda a, b: (a * b).sum((1, 2), keepdims=True)
-    x, residual, way = jnp.zeros_like(e), e, e
+    x, residual, direction = jnp.zeros_like(e), e, e
     for _ in range(steps):
-        image, before = g1 @ way + way @ g2, dot(residual, residual)
-        step = before / jnp.maximum(dot(way, image), 1e-30)
-        x, residual = x + step * way, residual - step * image
-        way = residual + dot(residual, residual) / jnp.maximum(before, 1e-30) * way
+        image, before = g1 @ direction + direction @ g2, dot(residual, residual)
+        length = before / jnp.maximum(dot(direction, image), 1e-30)
+        x, residual = x + length * direction, residual - length * image
+        after = dot(residual, residual)
+        direction = residual + after / jnp.maximum(before, 1e-30) * direction
     return x
 
 
