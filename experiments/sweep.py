@@ -170,11 +170,11 @@ def measured(lines):
     steps = [line for line in lines if "loss" in line]
     norms = [line["grad_norm"] for line in steps]
     last = [line for line in lines if "val_loss" in line][-1:]
-    of_last = lambda name: last[0][name] if last else None
+    of_last = lambda name: last[0].get(name) if last else None
     return dict(validation_loss=of_last("val_loss"), bits_per_byte=of_last("val_bits_per_byte"),
                 gradient_ratio=max(norms[500:]) / norms[500] if len(norms) > 501 else None,
                 tokens_per_second=float(np.median([line["tokens_per_second"] for line in steps])),
-                mean_square=of_last("mean_square"), **curves.summary(lines, 120))
+                mean_square=of_last("mean_square"), kurtosis=of_last("kurtosis"), **curves.summary(lines, 120))
 
 
 # --- What came out ----------------------------------------------------------------------

@@ -8,7 +8,7 @@ from .presets import PRESETS, gammas_by_length, scaled
 from .theory.activations import NAMES, TRANSFORMS
 from .theory.families import FAMILIES
 
-SECTIONS = ("method", "additions", "training", "data")   # of flags, as --help shows them
+SECTIONS = ("method", "additions", "successors", "training", "data")   # of flags, as in --help
 LARGEST = 1e30                                         # number: what is made of it fits a float32
 
 
@@ -92,17 +92,29 @@ class ModelConfig(Checked):
     alpha: float = flag("method", "weight of the skips", low=0, high=100)
     beta: float = flag("method", "weight of the branches (default: with alpha alone, "
                        "sqrt(1 - alpha^2))", above=0, high=100)
-    norm: str = flag("method", "normalisation before each branch", "none", "layer", "rms")
+    norm: str = flag("method", "normalisation before each branch; dyt, derf: in place of one",
+                     "none", "layer", "rms", "dyt", "derf")
     position: str = flag("method", "position encoding (default: rope)", "rope", "learned", "none")
     row_scale: str = flag("additions", "D: holds every position at mean square 1, or the paper's "
                           "row sums (default: unit)", "unit", "row-sum")
     identity_skip: bool = flag("additions", "espa: c of A = c I + P goes past attention, as a skip")
-    init: str = flag("additions", "initialisation of W^V and W^O", "orthogonal", "gaussian")
+    init: str = flag("additions", "initialisation of W^V and W^O", "orthogonal", "gaussian",
+                     "orthogonal-3")
     mlp_init: str = flag("additions", "initialisation of the MLPs; orthogonal is the paper's",
                          "looks_linear", "orthogonal", "gaussian")
     head_init: str = flag("additions", "initialisation of the head", "zero", "gaussian")
     token_collision_rate: float = flag("additions", "chance that two tokens are equal (default: "
                                        "that of the training tokens)", low=0, high=1)
+    query_init: str = flag("successors", "initialisation of W^Q and W^K (default: W^Q zero, but "
+                           "for attn softmax)", "zero", "gaussian", "near-identity")
+    identity_values: bool = flag("successors", "no W^V and W^O")
+    qk_norm: bool = flag("successors", "RMS norm of each head's queries and keys")
+    mlp_alpha: float = flag("successors", "of the MLPs' skips (default: alpha)", low=0, high=100)
+    mlp_beta: float = flag("successors", "of the MLPs' branches (default: beta)", above=0, high=100)
+    trained_weights: bool = flag("successors", "alpha and beta of each block are trained, but for "
+                                 "those that are 0")
+    parallel: bool = flag("successors", "attention and MLP both of a block's input, added up; "
+                          "without skips")
     dtype: str = flag("training", "arithmetic (default: bfloat16 on a TPU or an "
                       "NVIDIA GPU of compute capability 8.0 or more, else float32)",
                       "float32", "bfloat16")
@@ -120,9 +132,20 @@ class ModelConfig(Checked):
                 f"rope needs an even number of features a head, not {self.width // self.heads}")
         require(not self.identity_skip or self.attn == "espa" and self.alpha == 0,
                 "identity-skip needs attn espa and alpha 0")
-        total = self.alpha**2 + self.beta**2
-        require(self.norm != "none" and self.transform == "none" or abs(total - 1) < 0.01,
-                f"without norms or with a transform alpha^2 + beta^2 must be 1, not {total:.4g}")
+        exactly = self.transform != "none"
+        for alpha, beta in (self.alpha, self.beta), (self.mlp_alpha, self.mlp_beta):
+            total, near = alpha**2 + beta**2, 0.01 if exactly else 0.05
+            require(self.norm != "none" and not exactly or abs(total - 1) < near,
+                    f"without norms or with a transform alpha^2 + beta^2 must be 1, to {near}, "
+                    f"not {total:.4g}")
+        prescribed = FAMILIES[self.attn].row_sums is not None
+        require(not prescribed or not self.parallel and self.norm not in ("dyt", "derf"),
+                f"attn {self.attn} goes neither with parallel nor with norm {self.norm}: its "
+                "kernels are those of sublayers one after the other, of tokens of one size")
+        require(not self.parallel or self.alpha == self.mlp_alpha == 0,
+                "parallel needs alpha 0 and mlp-alpha 0")
+        require(not (self.identity_values and self.identity_skip),
+                "identity-values does not go with identity-skip")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +222,7 @@ FIELDS = (*fields(ModelConfig), *fields(TrainingConfig), *fields(DataConfig))
 # Of what neither a flag nor the preset says.
 DEFAULTS = dict(depth=36, width=64, heads=4, length=64, rho=0.8, eta=0.9, zeta=1.5, tau=0.3,
                 position="rope", row_scale="unit", identity_skip=False, remat=False,
+                identity_values=False, qk_norm=False, trained_weights=False, parallel=False,
                 steps=400, batch=16, accumulate=1, seed=0, weight_decay=0.0, lr_mult_path=1.0,
                 orthogonal_pull=0.0, data=None, val_data=None, encoding=None)
 
@@ -255,8 +279,12 @@ def resolve(preset="isometric", collision_rate=0.0, backend="cpu", **flags):
         lr_mult_qk=rates.qk,
         lr_mult_vo=rates.vo,
         decay_groups=rates.decay_groups,
-        pull_groups=",".join(["vo"] * (not values["identity_skip"])
-                             + ["mlp"] * (values["mlp_init"] == "looks_linear")),
+        query_init=look_up(FAMILIES, values["attn"], "attn").query_init,
+        mlp_alpha=values["alpha"],
+        mlp_beta=values["beta"],
+        pull_groups=",".join(
+            ["vo"] * (not values["identity_skip"] and not values["identity_values"])
+            + ["mlp"] * (values["mlp_init"] == "looks_linear")),
         warmup=values["steps"] // 20,
         save_every=max(values["steps"] // 5, 1)) | values
     values.setdefault("rho_first", min(values["token_collision_rate"], 0.999))

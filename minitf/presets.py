@@ -56,6 +56,36 @@ PRESETS = {
         rates=dict(muon=Rates(8e-3, 16.0, 1.0, 2.0), adamw=Rates(2e-3, 48.0, 1.0, 1.0))),
 }
 
+# --- Successors, for comparison, with what is published of them -------------------------
+# Everywhere ours: rotary positions, the schedule, Adam's second moment (0.95), embeddings of mean
+# square 1, the rates. What else differs is named.
+
+LIKE_PRELN = PRESETS["preln"] | dict(init="gaussian", mlp_init="gaussian")
+
+PRESETS |= {
+    # Shaped attention in the standard transformer (He and Hofmann 2023, arXiv 2311.01906).
+    "shaped": LIKE_PRELN | dict(attn="shaped"),
+    # The simplified block of that paper: no W^V, no W^O, no skip around attention, a trained weight
+    # of the MLP of 0.1 at 18 blocks, as 1 / sqrt(L). W^V of the first block, which they keep, is
+    # left out.
+    "sas": LIKE_PRELN | dict(
+        attn="shaped", identity_values=True, alpha=0.0, beta=1.0, mlp_alpha=1.0, mlp_beta=0.07,
+        trained_weights=True, norm="rms", act="relu"),
+    # The same with both sublayers side by side, and no skip at all. Each has a gain of its own.
+    "sas-p": LIKE_PRELN | dict(
+        attn="shaped", identity_values=True, parallel=True, alpha=0.0, beta=1.0, mlp_beta=0.07,
+        trained_weights=True, norm="rms", act="relu"),
+    # No norms but of queries and keys (He et al. 2024, arXiv 2405.19279): branches of 0.2 at 18
+    # blocks, as 1 / sqrt(L). The norm before the first attention and the last one are left out.
+    "op": LIKE_PRELN | dict(
+        qk_norm=True, alpha=1.0, beta=0.14, norm="none", act="relu"),
+    # No skips, layer norm, their initialisation (Ji et al. 2025, arXiv 2510.00345), here causal.
+    # They train it by SOAP; here by Muon, or AdamW.
+    "cutting-the-skip": LIKE_PRELN | dict(
+        alpha=0.0, beta=1.0, init="orthogonal-3", query_init="near-identity",
+        mlp_init="orthogonal", optimizer="muon"),
+}
+
 
 def scaled(rates, width, depth, power):
     """Rates for another width, and another depth where `power` is above 0.

@@ -24,6 +24,7 @@ from minitf.training.encoding import load_encoding
 from minitf.training.optimizer import group_rates, make_optimizer
 
 CASES = int(os.environ.get("MINITF_FUZZ", 60))
+SWITCHES = ("identity_skip", "remat", "identity_values", "qk_norm", "trained_weights", "parallel")
 NASTY = ["", " ", "0", "-1", "-0.0", "1", "2", "3", "0.5", "1e-300", "1e300", "1e999", "-inf",
          "nan", "1e5", "99999999999999999999", "9" * 5000, "0x10", "1_000", "٣", "½", "None",
          "True", "[]", "../..", "/dev/null", "/", "~", "*", "**", ",", ",,,", "a\nb", "\x1b[31m",
@@ -92,7 +93,7 @@ def test_command_lines(capsys, monkeypatch):
         for name in draw.sample([*choices], draw.randint(1, 3)):
             fitting = [*choices[name]] or ["1", "2", "8", "0.5", "0.9", "0.1"]
             value = draw.choice(fitting if draw.random() < 0.6 else NASTY)
-            switch = name in ("identity_skip", "remat") and draw.random() < 0.7
+            switch = name in SWITCHES and draw.random() < 0.7
             pair = ["--" + draw.choice(["", "no-"]) * switch + name.replace("_", "-"), value]
             arguments += pair[:1 if switch or draw.random() < 0.1 else 2]
         refused += refusal(arguments, capsys) is not None

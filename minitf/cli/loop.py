@@ -194,8 +194,8 @@ def begin_watch(settings, params, constants, corpus, start, out, metrics):
     if not start:
         windows = data.spread_windows(corpus.validation, settings.model.length,
                                       settings.training.at_once)
-        _, squares = training.evaluate(params, constants, windows, settings.model, len(windows))
-        metrics.add({"step": 0, "mean_square": squares})
+        _, blocks = training.evaluate(params, constants, windows, settings.model, len(windows))
+        metrics.add({"step": 0, **blocks})
     for line in metrics.lines():
         watch.recall(line)
     return watch
@@ -234,23 +234,23 @@ def say_last(progress, line):
 def evaluate(settings, params, constants, corpus, count, step, metrics, watch):
     """The loss on `count` windows of validation text, as a sentence, and a warning or None.
 
-    Loss and mean squares behind the blocks go into the metrics. ValueError if the tokens have
-    turned out to be damaged.
+    Loss, mean squares and kurtosis behind the blocks go into the metrics. ValueError if the tokens
+    have turned out to be damaged.
     """
     corpus.verify()
     windows = data.spread_windows(corpus.validation, settings.model.length, count)
-    value, squares = training.evaluate(params, constants, windows, settings.model,
-                                       settings.training.at_once)
+    value, blocks = training.evaluate(params, constants, windows, settings.model,
+                                      settings.training.at_once)
     size = corpus.validation_counts @ encodings.byte_lengths(corpus.encoding)
     bits = len(corpus.validation) / size / math.log(2)            # per byte, of a nat per token
     unigram = data.unigram_loss(corpus.train_counts, corpus.validation_counts)
     line = {"step": step, "val_loss": value, "val_bits_per_byte": value * bits,
-            "val_tokens": len(corpus.validation), "mean_square": squares}
+            "val_tokens": len(corpus.validation), **blocks}
     metrics.add(line)
     watch.recall(line)
     said = (f"validation loss {value:.3f} nats a token, {value * bits:.3f} bits a byte "
             f"(unigram {unigram:.3f}, {unigram * bits:.3f})")
-    return said, watch.activations(step, squares)
+    return said, watch.activations(step, blocks["mean_square"])
 
 
 def save(out, metrics, state, best=None):

@@ -20,11 +20,11 @@ from . import curves, figures, inspection, loop, use
 from .metrics import TRACKERS
 
 MODES = ("out", "resume", "sample", "eval", "export", "inspect", "curves", "figure", "plot",
-         "log_axes", "init_from", "log_to", "compilation_cache", "mesh")
+         "log_axes", "init_from", "log_to", "quantize", "compilation_cache", "mesh")
 PROCESSES = "coordinator", "process_id", "processes"
 DOING = "resume", "sample", "eval", "export", "inspect", "curves", "figure"     # else train
 GOES_WITH = {"plot": ("inspect", "curves", "figure"), "log_axes": ("curves",),
-             "init_from": ("train",), "log_to": ("train", "resume"),
+             "init_from": ("train",), "log_to": ("train", "resume"), "quantize": ("eval",),
              "mesh": ("train", "resume", "sample", "eval", "inspect")}
 SAMPLING = [each.name for each in fields(Sampling)]
 COMMON = ("help help-all out resume init-from sample eval inspect curves figure plot preset attn "
@@ -86,7 +86,7 @@ def act(modes, flags):
         use.sample(modes["sample"], Sampling(**flags), mesh)
     elif modes["eval"]:
         loop.refuse_others(flags, ["data"], "cannot be given with --eval")
-        use.evaluate(modes["eval"], flags.get("data"), mesh)
+        use.evaluate(modes["eval"], flags.get("data"), mesh, modes["quantize"])
     elif modes["export"]:
         loop.refuse_others(flags, [], "cannot be given with --export")
         use.export(*modes["export"])
@@ -191,6 +191,8 @@ def make_parser():
     parser.add_argument("--plot", type=Path, metavar="FILE.png",
                         help="where to draw it; by matplotlib")
     parser.add_argument("--log-axes", action="store_true", help="--curves: steps and losses")
+    parser.add_argument("--quantize", metavar="w8a8|w4a8|...", help="--eval: with so few bits for "
+                        "the blocks' weights and activations as well")
     parser.add_argument("--init-from", type=Path, metavar="DIR",
                         help="begin with a run's network and weights, on any data")
     parser.add_argument("--log-to", choices=TRACKERS, help="metrics go there too, by its package")

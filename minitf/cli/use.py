@@ -9,6 +9,7 @@ import numpy as np
 from ..config import resolve
 from ..errors import require
 from ..network import decode, fast
+from ..network.quantize import bits_of
 from ..theory.kernels import network_activation
 from ..training import checkpoint, data, sharding, train
 from ..training.encoding import END, byte_lengths, known, pack_encoding
@@ -49,25 +50,37 @@ def show_sample(model, prompt, sampling):
     print(flush=True)
 
 
-def evaluate(folder, names, mesh=None):
+def evaluate(folder, names, mesh=None, quantize=None):
     """Prints the loss on a text, each token but the first predicted once.
 
-    names: as --data; None: the run's own validation text.
+    names: as --data; None: the run's own validation text. quantize: as `bits_of`; a second line
+    then says what the loss comes to with so few bits, and the kurtosis of the activations.
     """
+    precisions = [None, bits_of(quantize)] if quantize else [None]
     saved = checkpoint.newest(folder)[0]
     config, encoding, size = saved.settings.model, saved.encoding, saved.settings.training.at_once
     tokens = data.read_tokens(names, encoding, whole=True)[0] if names else \
         data.load(saved.settings.data, config.length, encoding).validation
-    lengths, nats, total, count = byte_lengths(encoding), 0.0, 0, len(tokens) - 1
+    lengths, nats, total, count = byte_lengths(encoding), np.zeros(len(precisions)), 0, \
+        len(tokens) - 1
     with sharding.use(mesh, saved.settings):
         _, params, constants, _ = checkpoint.model_of(saved)
         for span in data.spans(tokens, 64 * size * config.length):
             windows, counted = data.all_windows(span, config.length)
-            nats += train.total_loss(params, constants, windows, counted, config, size)
+            nats += [train.total_loss(params, constants, windows, counted, config, size, bits)
+                     for bits in precisions]
             total += lengths[span[1:]].sum()
-    print(f"{count:,} tokens, {total:,.0f} bytes: {nats / count:.4f} nats a token, "
-          f"{nats / total / math.log(2):.4f} bits a byte, "
-          f"perplexity {math.exp(min(nats / count, 700)):.4g}")
+        if quantize:
+            windows, _ = data.all_windows(tokens[:4 * size * config.length + 1], config.length)
+            kurtosis = train.evaluate(params, constants, windows, config, size)[1]["kurtosis"]
+    loss, *rounded = nats / count
+    print(f"{count:,} tokens, {total:,.0f} bytes: {loss:.4f} nats a token, "
+          f"{nats[0] / total / math.log(2):.4f} bits a byte, "
+          f"perplexity {math.exp(min(loss, 700)):.4g}")
+    if quantize:
+        print(f"{quantize}: {rounded[0]:.4f} nats a token, {rounded[0] - loss:+.4f}; kurtosis of "
+              f"activations: mean {np.mean(kurtosis):.3g}, largest {max(kurtosis):.3g}, behind "
+              f"block {np.argmax(kurtosis) + 1}")
 
 
 def export(folder, path):

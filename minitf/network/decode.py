@@ -10,6 +10,7 @@ import numpy as np
 
 from ..config import Sampling
 from ..errors import require
+from ..theory.families import FAMILIES
 from . import model, operations
 from .operations import REFERENCE
 
@@ -52,15 +53,19 @@ def block(x, cache, weights, constants, layer, start, config):
     The cache is that of all layers, changed in place.
     """
     y = REFERENCE.normalise(x, weights.get("norm1"), config)
-    q, k, v = operations.split_qkv(model.project_qkv(y, weights, config))             # (S, H, k)
+    q, k, v = operations.split_qkv(model.project_qkv(y, weights, config, REFERENCE))  # (S, H, k)
     q, k = (operations.apply_rope(each, config, start) for each in (q, k))
     cache = {name: jax.lax.dynamic_update_slice(cache[name], new[None], (layer, start, 0, 0))
              for name, new in (("k", k), ("v", v))}
     keys, values = cache["k"][layer], cache["v"][layer]                                # (T, H, k)
     attended = operations.softmax_attention(q, keys, values, constants, config, start)
-    branch = model.output_projection(v, attended, weights, config)
-    x = model.add_residual(x, branch, constants.get("skip_scale"), config)
-    return model.mlp_sublayer(x, weights, config, REFERENCE), cache
+    mean = None
+    if FAMILIES[config.attn].centred:
+        mean = operations.slice_positions(operations.causal_mean(values), start, len(x))
+    branch = model.output_projection(v, attended, mean, weights, config, REFERENCE)
+    after = model.add_residual(x, branch, ("alpha", "beta"), weights, config,
+                               constants.get("skip_scale"))
+    return model.after_attention(x, after, weights, config, REFERENCE), cache
 
 
 @partial(jax.jit, static_argnames="top_k")

@@ -1,4 +1,4 @@
-"""The five operations of operations.py, fast. `operations` chooses; the tests hold both equal.
+"""The operations of operations.py, fast. `operations` chooses; the tests hold both equal.
 
 On a GPU, in bfloat16: attention by kernels that make no T x T array, and the blocks as a straight
 program. Everywhere: gradients written out that keep less for the backward pass.
@@ -37,6 +37,7 @@ def operations(config, backend=None):
     straight = fused and config.depth <= STRAIGHT_BLOCKS and not config.remat
     keep = () if config.remat else ("attended",)
     return plain.Operations(
+        project=plain.project,
         attend=attend_fused if fused else plain.attend,
         activate=activate,
         normalise=normalise,
@@ -115,9 +116,11 @@ leaky_relu.defvjp(
     lambda slope, y, gradient: (jnp.where(y > 0, gradient, slope * gradient),))
 
 
-def normalise(x, gain, config):
+def normalise(x, trained, config):
     """operations.normalise; all that the backward pass keeps is x."""
-    return x if config.norm == "none" else normalised(x, gain, config.norm == "layer")
+    if config.norm in ("layer", "rms"):
+        return normalised(x, trained, config.norm == "layer")
+    return jax.checkpoint(plain.normalise, static_argnums=2)(x, trained, config)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -22,19 +22,23 @@ def init(key, config, vocabulary):
     d, depth, keys = config.width, config.depth, dict(zip(KEYS, jax.random.split(key, len(KEYS))))
     branch = branch_scale(config)
     matrices, family = MATRIX_INITS[config.init], FAMILIES[config.attn]
-    query = gaussian_matrices(keys["query"], depth, d, d)
-    blocks = {
-        "query": query if family.random_queries else jnp.zeros_like(query),      # W^Q = 0
-        "key": gaussian_matrices(keys["key"], depth, d, d),
-        "value": matrices(keys["value"], depth, d, d),
-        "output": branch * matrices(keys["output"], depth, d, d),
-    }
+    blocks = {}
+    blocks["query"], blocks["key"] = QUERY_INITS[config.query_init](
+        keys["query"], keys["key"], depth, d, config.heads)
+    if not config.identity_values:
+        blocks["value"] = matrices(keys["value"], depth, d, d)
+        blocks["output"] = branch * matrices(keys["output"], depth, d, d)
     blocks["up"], blocks["down"] = MLP_INITS[config.mlp_init](
         keys["up"], keys["down"], depth, d, network_activation(config), branch)
     if config.identity_skip:                                                     # W^V W^O = I
         blocks["output"] = jnp.swapaxes(blocks["value"], 1, 2)
     for name, start in family.parameters.items():
         blocks[name] = jnp.full((depth, config.heads), start)
+    for name in ("alpha", "beta", "mlp_alpha", "mlp_beta"):
+        if config.trained_weights and getattr(config, name):
+            blocks[name] = jnp.full(depth, getattr(config, name))
+    if config.qk_norm:
+        blocks["query_gain"] = blocks["key_gain"] = jnp.ones((depth, d // config.heads))
     # Without norms the last layer's tokens are alike, and a random head gives all the same wrong
     # logits, to be unlearned first. With a final norm the customary random one learns faster.
     head = jax.random.normal(keys["head"], (d, vocabulary)) * d**-0.5
@@ -44,8 +48,8 @@ def init(key, config, vocabulary):
         "head": head if config.head_init == "gaussian" else jnp.zeros_like(head),
     }
     if config.norm != "none":
-        blocks["norm1"], blocks["norm2"] = jnp.ones((depth, d)), jnp.ones((depth, d))
-        params["norm"] = jnp.ones(d)
+        blocks["norm1"], blocks["norm2"] = (NORM_STARTS[config.norm](depth, d) for _ in range(2))
+        params["norm"] = NORM_STARTS[config.norm](d)
     if config.position == "learned":
         params["position"] = jax.random.normal(keys["position"], (config.length, d))
     return params
@@ -53,7 +57,8 @@ def init(key, config, vocabulary):
 
 def branch_scale(config):
     """Of W^O and W_2. Unweighted skips add up 2 L branches: GPT-2 starts each at (2 L)^-1/2."""
-    return (2 * config.depth)**-0.5 if config.alpha == config.beta == 1 else 1.0
+    unweighted = config.alpha == config.beta == config.mlp_alpha == config.mlp_beta == 1
+    return (2 * config.depth)**-0.5 if unweighted else 1.0
 
 
 def path_sizes(config):
@@ -61,6 +66,16 @@ def path_sizes(config):
     linear = config.mlp_init == "looks_linear"
     mlp = 2 / network_activation(config).odd_slope() if linear else 1.0
     return {"vo": branch_scale(config), "mlp": branch_scale(config) * mlp}
+
+
+# What is trained of a norm, of one or (L, ...) of all blocks.
+NORM_STARTS = {
+    "layer": lambda *shape: jnp.ones(shape),
+    "rms": lambda *shape: jnp.ones(shape),
+    "dyt": lambda *shape: {"gain": jnp.ones(shape), "slope": jnp.full((*shape[:-1], 1), 0.5)},
+    "derf": lambda *shape: {"gain": jnp.ones(shape), "slope": jnp.full((*shape[:-1], 1), 0.5),
+                            "shift": jnp.zeros((*shape[:-1], 1))},
+}
 
 
 def gaussian_matrices(key, depth, fan_in, fan_out):
@@ -80,7 +95,38 @@ def orthogonal_matrices(key, depth, fan_in, fan_out):
     return max((fan_out / fan_in)**0.5, 1) * orthogonal_stack(key, depth, fan_in, fan_out)
 
 
-MATRIX_INITS = {"orthogonal": orthogonal_matrices, "gaussian": gaussian_matrices}
+MATRIX_INITS = {
+    "orthogonal": orthogonal_matrices, "gaussian": gaussian_matrices,
+    # c^2 times a rotation for W^V W^O, c = 3 (Ji et al. 2025, arXiv 2510.00345)
+    "orthogonal-3": lambda *shape: 3 * orthogonal_matrices(*shape)}
+
+
+# --- Queries and keys: (key of W^Q, of W^K, depth, d, heads) -> W^Q, W^K (L, d, d) -----------
+
+def near_identity(key, _, depth, d, heads):
+    """W^Q W^K^T = 2 Z + 0.6 I, Z_ij ~ N(0, 1 / d), as near as a head's rank allows (Ji et al.)."""
+    k = d // heads
+
+    def one(key):
+        u, s, v = jnp.linalg.svd(2 * jax.random.normal(key, (d, d)) * d**-0.5 + 0.6 * jnp.eye(d))
+        return jnp.sqrt(s[:k]) * u[:, :k], jnp.sqrt(s[:k]) * v[:k].T
+
+    pairs = jax.lax.map(one, jax.random.split(key, depth * heads))                 # (L H, d, k)
+    return [jnp.swapaxes(each.reshape(depth, heads, d, k), 1, 2).reshape(depth, d, d)
+            for each in pairs]
+
+
+def silent(_, key, depth, d, heads):
+    """W^Q = 0: attention begins with what does not depend on the input."""
+    return jnp.zeros((depth, d, d)), gaussian_matrices(key, depth, d, d)
+
+
+def random(key_query, key_key, depth, d, heads):
+    """The standard transformer's."""
+    return gaussian_matrices(key_query, depth, d, d), gaussian_matrices(key_key, depth, d, d)
+
+
+QUERY_INITS = {"zero": silent, "gaussian": random, "near-identity": near_identity}
 
 # --- MLPs: (key of up, key of down, depth, d, phi^, scale) -> up (L, d, 4d), down (L, 4d, d) 
 

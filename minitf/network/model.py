@@ -6,7 +6,7 @@
 Shapes: T tokens, d = width, H heads, k = d / H, V = vocabulary, L = depth. Weights are (in, out),
 applied as x @ W. A batch is its sequences one after the other, N = B T rows, which only attention
 tells apart. Functions are pure. Parameters and constants are nested dicts of arrays, `config` is
-a static ModelConfig. `ops` says how five operations are computed: plainly, as in operations.py,
+a static ModelConfig. `ops` says how six operations are computed: plainly, as in operations.py,
 or as fast.py does.
 """
 import jax
@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from ..errors import require
 from ..theory.families import FAMILIES
 from ..theory.kernels import network_activation
-from .operations import REFERENCE, slice_positions
+from .operations import REFERENCE, causal_mean, slice_positions, standardise
 
 
 def forward(params, constants, tokens, config, ops=REFERENCE):
@@ -52,10 +52,11 @@ def final_hidden(params, constants, tokens, config, ops):
 def layers(params, constants, config):
     """Weights, in config.dtype, and constants of all blocks, each (L, ...).
 
-    W^Q, W^K and W^V stand side by side, "qkv", (L, d, 3 d): they are one product.
+    W^Q, W^K and W^V, if there is one, stand side by side, "qkv", (L, d, 3 d): they are one product.
     """
     weights = jax.tree.map(lambda w: w.astype(config.dtype), params["blocks"])
-    weights["qkv"] = jnp.concatenate([weights.pop(name) for name in ("query", "key", "value")], -1)
+    names = [name for name in ("query", "key", "value") if name in weights]
+    weights["qkv"] = jnp.concatenate([weights.pop(name) for name in names], -1)
     return weights, constants
 
 
@@ -74,45 +75,66 @@ def unembed(params, x):
 
 def block(x, weights, constants, config, ops):
     """One block: x (N, d) -> (N, d), with the weights and constants of its layer."""
-    x = attention_sublayer(x, weights, constants, config, ops)
-    return mlp_sublayer(checkpoint_name(x, "attended"), weights, config, ops)
+    attended = attention_sublayer(x, weights, constants, config, ops)
+    return after_attention(x, checkpoint_name(attended, "attended"), weights, config, ops)
+
+
+def after_attention(x, attended, weights, config, ops):
+    """X' from X^, or in parallel from X: their sum, as in SAS-P."""
+    if config.parallel:
+        return attended + mlp_sublayer(x, weights, config, ops)
+    return mlp_sublayer(attended, weights, config, ops)
 
 
 def attention_sublayer(x, weights, constants, config, ops):
     """X^ = alpha X + beta MHA(Norm(X))."""
     y = ops.normalise(x, weights.get("norm1"), config)                    # (N, d)
-    qkv = project_qkv(y, weights, config)                                 # (N, 3, H, k)
+    qkv = project_qkv(y, weights, config, ops)                            # (N, 3, H, k)
     sequences = qkv.reshape(-1, config.length, *qkv.shape[1:])            # (B, T, 3, H, k)
     attended = ops.attend(sequences, constants, config)                   # (B, T, H, k)
-    attended = attended.reshape(len(x), *qkv.shape[2:])                   # (N, H, k)
-    branch = output_projection(qkv[:, 2], attended, weights, config)      # (N, d)
-    return add_residual(x, branch, constants.get("skip_scale"), config)
+    values = sequences[:, :, 2]                                           # (B, T, H, k)
+    mean = causal_mean(values) if FAMILIES[config.attn].centred else None
+    branch = output_projection(values, attended, mean, weights, config, ops)        # (N, d)
+    return add_residual(x, branch, ("alpha", "beta"), weights, config, constants.get("skip_scale"))
 
 
 def mlp_sublayer(x, weights, config, ops):
     """X' = alpha X^ + beta MLP(Norm(X^)), MLP(X) = phi^(X W_1) W_2: d -> 4d -> d."""
     y = ops.normalise(x, weights.get("norm2"), config)                    # (N, d)
-    hidden = ops.activate(y @ weights["up"], network_activation(config))  # (N, 4d)
-    return add_residual(x, hidden @ weights["down"], None, config)
+    hidden = ops.activate(ops.project(y, weights["up"]), network_activation(config))  # (N, 4d)
+    branch = ops.project(hidden, weights["down"])                         # (N, d)
+    return add_residual(x, branch, ("mlp_alpha", "mlp_beta"), weights, config)
 
 
-def project_qkv(x, weights, config):
+def project_qkv(x, weights, config, ops):
     """x (N, d) -> queries, keys and values of all heads, (N, 3, H, k)."""
-    return (x @ weights["qkv"]).reshape(len(x), 3, config.heads, -1)
+    qkv = ops.project(x, weights["qkv"])                                  # (N, 3 d), or (N, 2 d)
+    if config.identity_values:
+        qkv = jnp.concatenate([qkv, x], -1)
+    qkv = qkv.reshape(len(x), 3, config.heads, -1)
+    if config.qk_norm:                                                    # each head's, RMS norm
+        gains = jnp.stack([weights["query_gain"], weights["key_gain"]])[:, None]
+        qk = (standardise(qkv[:, :2], False)[0] * gains).astype(x.dtype)
+        qkv = jnp.concatenate([qk, qkv[:, 2:]], 1)
+    return qkv
 
 
-def output_projection(values, attended, weights, config):
-    """values and what is attended to, both (N, H, k) -> (N, d)."""
-    heads = FAMILIES[config.attn].mix(weights, values, attended)
-    return heads.reshape(len(values), -1) @ weights["output"]
+def output_projection(values, attended, mean, weights, config, ops):
+    """values, what is attended to and perhaps the mean, (..., H, k) -> (N, d)."""
+    heads = FAMILIES[config.attn].mix(weights, values, attended, mean).reshape(-1, config.width)
+    return heads if config.identity_values else ops.project(heads, weights["output"])
 
 
-def add_residual(x, branch, skip_scale, config):
-    """alpha X + beta branch; no skip: the branch alone; identity_skip: skip_scale X + branch."""
+def add_residual(x, branch, names, weights, config, skip_scale=None):
+    """alpha X + beta branch; no skip: the branch alone; identity_skip: skip_scale X + branch.
+
+    names: those of alpha and beta, trained ones among the weights, or the settings'.
+    """
     if skip_scale is not None:                                            # (T,), of each sequence
         scale = jnp.tile(skip_scale, len(x) // len(skip_scale))[:, None]
         return (scale * x).astype(x.dtype) + branch
-    return config.beta * branch if config.alpha == 0 else config.alpha * x + config.beta * branch
+    alpha, beta = (weights.get(name, getattr(config, name)) for name in names)
+    return beta * branch if getattr(config, names[0]) == 0 else alpha * x + beta * branch
 
 
 def check_tokens(tokens, vocabulary, longest=None):

@@ -1,4 +1,4 @@
-"""Five operations in their plain form: attention, activation, norm, the loop over blocks, the loss.
+"""Six operations in their plain form: a block's products, attention, activation, norm, loop, loss.
 
 fast.py has another way for each. Shapes as in model.py.
 """
@@ -13,9 +13,10 @@ from ..theory.families import FAMILIES
 
 class Operations(NamedTuple):
     """How a network is computed. Whichever are chosen, the result is the same to rounding."""
+    project: Callable            # (x (N, in), w (in, out)) -> (N, out), a block's products
     attend: Callable             # (qkv (B, T, 3, H, k), constants, config) -> (B, T, H, k)
     activate: Callable           # (x, Activation) -> as x
-    normalise: Callable          # (x (N, d), gain (d,), config) -> as x
+    normalise: Callable          # (x (N, d), what is trained of the norm, config) -> as x
     repeat: Callable             # (step (x, layer) -> x, x, layers (L, ...)) -> x after all blocks
     cross_entropy: Callable      # (x (N, d), head (d, V), targets (N,)) -> (N,), float32
 
@@ -46,6 +47,12 @@ def softmax_attention(q, k, v, constants, config, start=0):
     logits = jnp.einsum("...qhd,...khd->...hqk", q, k, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(logits + bias).astype(v.dtype)                          # (H, S, T)
     return scale_rows(jnp.einsum("...hqk,...khd->...qhd", weights, v), constants)
+
+
+def causal_mean(values):
+    """The mean over all positions so far: values (..., T, H, k) -> the same shape."""
+    count = np.arange(1, values.shape[-3] + 1)[:, None, None]
+    return (jnp.cumsum(values.astype(jnp.float32), -3) / count).astype(values.dtype)
 
 
 def scale_rows(attended, constants):
@@ -86,16 +93,31 @@ def slice_positions(table, start, count):
 
 # --- The others ---------------------------------------------------------------------------
 
+def project(x, w):
+    """x w."""
+    return x @ w
+
+
 def activate(x, phi):
     """phi^(x)."""
     return phi(x, jnp, jax.scipy.special)
 
 
-def normalise(x, gain, config):
-    """Layer norm or RMS norm over features in float32, with a trained gain; "none": x itself."""
+def normalise(x, trained, config):
+    """A norm of NORMS in float32, with what is trained of it; "none": x itself."""
     if config.norm == "none":
         return x
-    return (standardise(x, config.norm == "layer")[0] * gain).astype(x.dtype)
+    return NORMS[config.norm](x.astype(jnp.float32), trained).astype(x.dtype)
+
+
+# (x (..., d), what is trained: (d,), or a dict) -> as x
+NORMS = {
+    "layer": lambda x, gain: standardise(x, True)[0] * gain,
+    "rms": lambda x, gain: standardise(x, False)[0] * gain,
+    # Zhu et al. 2025, arXiv 2503.10622; Chen et al. 2025, arXiv 2512.10938: in place of a norm.
+    "dyt": lambda x, of: of["gain"] * jnp.tanh(of["slope"] * x),
+    "derf": lambda x, of: of["gain"] * jax.scipy.special.erf(of["slope"] * x + of["shift"]),
+}
 
 
 def standardise(x, centred):
@@ -118,4 +140,4 @@ def cross_entropy(x, head, targets):
     return -jax.nn.log_softmax(logits)[jnp.arange(len(targets)), targets]
 
 
-REFERENCE = Operations(attend, activate, normalise, repeat, cross_entropy)
+REFERENCE = Operations(project, attend, activate, normalise, repeat, cross_entropy)

@@ -24,8 +24,9 @@ class Family:
         start; None: A depends on the input.
     by_head: (config, f) -> f(parameter before, after) of each layer and head, (L, H, ...).
     parameters: {name: value at the start}, trained, one for each layer and head.
-    mix: (a layer's parameters, values, attended), both (..., H, k) -> what the heads give.
-    random_queries: whether W^Q is random at the start, instead of 0.
+    mix: (a layer's parameters, values, attended, their mean), (..., H, k) -> what the heads give;
+        the mean is that of the values up to each position, made where `centred`.
+    query_init: of network/init.py's QUERY_INITS, where none is chosen.
     """
     bias: Callable = lambda config: {}
     bias_rows: Callable = lambda constants, queries, keys: 0.0
@@ -33,8 +34,9 @@ class Family:
     kernel_maps: Callable | None = None
     by_head: Callable | None = None
     parameters: dict = field(default_factory=dict)
-    mix: Callable = lambda weights, values, attended: attended
-    random_queries: bool = False
+    mix: Callable = lambda weights, values, attended, mean: attended
+    centred: bool = False
+    query_init: str = "zero"
 
 
 def prescribed(schedules, kernel, log_attention=None, matvec=None, bias=None, bias_names=("bias",),
@@ -81,14 +83,32 @@ def prescribed(schedules, kernel, log_attention=None, matvec=None, bias=None, bi
     return Family(stacked_bias, bias_rows, row_sums, kernel_maps, by_head)
 
 
+def weighted(*names):
+    """A `mix`: values, what is attended to and the mean, each times the parameter of that name."""
+    def mix(weights, *parts):
+        return sum(weights[name][:, None] * part for name, part in zip(names, parts))
+    return mix
+
+
+def unchanged(config):
+    """The kernel_maps of an attention that is the identity at the start."""
+    return [lambda sigma: sigma] * config.depth
+
+
 FAMILIES = {
-    "softmax": Family(random_queries=True),
+    "softmax": Family(query_init="gaussian"),
     # Value-SkipInit: A <- alpha I + beta A(X).
     "vskip": Family(
-        kernel_maps=lambda config: [lambda sigma: sigma] * config.depth,
+        kernel_maps=unchanged,
         parameters={"vskip_alpha": 1.0, "vskip_beta": 0.0},
-        mix=lambda weights, values, attended: (weights["vskip_alpha"][:, None] * values
-                                               + weights["vskip_beta"][:, None] * attended)),
+        mix=weighted("vskip_alpha", "vskip_beta")),
+    # Shaped attention (He and Hofmann 2023, arXiv 2311.01906, after Noci et al. 2023): alpha I +
+    # beta A(X) + gamma C, C the mean over all positions so far, which A(X) is while W^Q = 0.
+    "shaped": Family(
+        kernel_maps=unchanged,
+        parameters={"shaped_alpha": 1.0, "shaped_beta": 1.0, "shaped_gamma": -1.0},
+        mix=weighted("shaped_alpha", "shaped_beta", "shaped_gamma"),
+        centred=True),
     "uspa": prescribed(
         lambda config: [spa.uniform_schedule(config.rho, config.depth, config.rho_first)],
         spa.uniform_kernel,

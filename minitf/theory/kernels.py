@@ -15,24 +15,27 @@ from .families import FAMILIES, identity_parts
 EXACT_LENGTH = 1024        # positions over which the recursion, O(T^2) or more a layer, is run
 
 
-def kernel_recursion(kernel_maps, kernel, correlation_map, alpha=0.0, beta=1.0, norm=False, n=None):
+def kernel_recursion(kernel_maps, kernel, correlation_map, alpha=0.0, beta=1.0, norm=False, n=None,
+                     of_mlp=None):
     """Yields (n_l, Sigma_l), shapes (T,) and (T, T), for each block l:
 
         K = mean over heads of A_l Sigma A_l^T,   K <- K / (n n^T),
         Sigma^ = alpha^2 Sigma + beta^2 K,   Sigma' = alpha^2 Sigma^ + beta^2 C(Sigma^).
 
     kernel_maps: Sigma -> K of each block; kernel: Sigma_0; correlation_map: C of the MLPs; alpha,
-    beta: weights of skip and branch; norm: whether a norm stands before each branch; n: what
-    D = rowsum(A) / n divides by, (L, T), None: sqrt(diag K), which keeps a mean square of 1. Where
-    it is not kept, Sigma is exact for positively homogeneous activations.
+    beta: weights of skip and branch, of_mlp: those of the MLP if they differ; norm: whether a norm
+    stands before each branch; n: what D = rowsum(A) / n divides by, (L, T), None: sqrt(diag K),
+    which keeps a mean square of 1. Where it is not kept, Sigma is exact for positively homogeneous
+    activations.
     """
+    mlp_alpha, mlp_beta = of_mlp or (alpha, beta)
     for layer, kernel_map in enumerate(kernel_maps):
         attended = kernel_map(correlation(kernel) if norm else kernel)
         scale = np.sqrt(np.diag(attended)) if n is None else n[layer]
         kernel = alpha**2 * kernel + beta**2 * attended / np.outer(scale, scale)
         root = np.sqrt(np.diag(kernel))
         size = 1.0 if norm else np.outer(root, root)
-        kernel = alpha**2 * kernel + beta**2 * size * correlation_map(correlation(kernel))
+        kernel = mlp_alpha**2 * kernel + mlp_beta**2 * size * correlation_map(correlation(kernel))
         yield scale, kernel
 
 
@@ -49,8 +52,8 @@ def network_activation(config):
     """
     if config.norm != "none" and config.transform == "none":
         return activations.plain(config.act)
-    return activations.solve(config.act, config.transform, config.depth, config.alpha, config.beta,
-                             config.eta, config.zeta, config.tau)
+    return activations.solve(config.act, config.transform, config.depth, config.mlp_alpha,
+                             config.mlp_beta, config.eta, config.zeta, config.tau)
 
 
 def input_kernel(config, length, equal=None):
@@ -65,17 +68,19 @@ def input_kernel(config, length, equal=None):
 def predict_kernels(config, kernel, n=None):
     """[(n, Sigma)] after each block from Sigma_0 = kernel; [] where A depends on the input.
 
-    n: as in kernel_recursion; ones, (L, T), for row_scale "row-sum".
+    n: as in kernel_recursion; ones, (L, T), for row_scale "row-sum". Nor is a prediction made of
+    sublayers in parallel, and of what only stands in the place of a norm.
     """
     kernel_maps = FAMILIES[config.attn].kernel_maps
-    if kernel_maps is None:
+    if kernel_maps is None or config.parallel or config.norm in ("dyt", "derf"):
         return []
     if n is None and config.row_scale == "row-sum":
         n = np.ones((config.depth, len(kernel)))
     linear = config.mlp_init == "looks_linear"
     correlation_map = (lambda c: c) if linear else network_activation(config).correlation_map
     return list(kernel_recursion(kernel_maps(config), kernel, correlation_map, config.alpha,
-                                 config.beta, config.norm != "none", n))
+                                 config.beta, config.norm != "none", n,
+                                 (config.mlp_alpha, config.mlp_beta)))
 
 
 def position_scale(config):

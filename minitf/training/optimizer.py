@@ -61,6 +61,7 @@ def group_rates(training, model):
                     pull=training.orthogonal_pull, rate=training.lr_mult_path, size=size))
                 for group, size in path_sizes(model).items()
                 if group in training.pull_groups.split(",")
+                and not (group == "vo" and model.identity_values)
                 and (training.orthogonal_pull > 0 or training.lr_mult_path != 1)}}
 
 

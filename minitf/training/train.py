@@ -7,6 +7,7 @@ import numpy as np
 import optax
 
 from ..network import fast, model
+from ..network.quantize import quantised
 from ..network.operations import REFERENCE
 from . import sharding
 from .optimizer import make_optimizer
@@ -71,21 +72,22 @@ def evaluation(config, **others):
     return fast.operations(config)._replace(cross_entropy=REFERENCE.cross_entropy, **others)
 
 
-@partial(jax.jit, static_argnames="config")
-def evaluate_tokens(params, constants, batch, config):
-    """Cross-entropy in nats of each target: batch (B, T + 1) -> (B, T)."""
-    return sharding.whole(token_losses(params, constants, batch, config, evaluation(config)))
+@partial(jax.jit, static_argnames=("config", "bits"))
+def evaluate_tokens(params, constants, batch, config, bits=None):
+    """Cross-entropy in nats of each target: batch (B, T + 1) -> (B, T). bits: of `quantised`."""
+    ops = quantised(evaluation(config), bits)
+    return sharding.whole(token_losses(params, constants, batch, config, ops))
 
 
 @partial(jax.jit, static_argnames="config")
 def evaluate_batch(params, constants, batch, config):
-    """(mean loss, mean squares of what each block gives, (L,)): batch (B, T + 1) of tokens."""
+    """(mean loss, each feature's mean square behind each block, (L, d)): batch (B, T + 1)."""
     squares = []
 
     def repeat(step, x, layers):
         def seen(x, layer):
             x = step(x, layer)
-            return x, jnp.square(x.astype(jnp.float32)).mean()
+            return x, jnp.square(x.astype(jnp.float32)).mean(0)
 
         x, found = jax.lax.scan(seen, x, layers)
         squares.append(found)
@@ -96,9 +98,11 @@ def evaluate_batch(params, constants, batch, config):
 
 
 def evaluate(params, constants, windows, config, size):
-    """(loss in nats per token, mean squares behind the blocks, (L,)) of windows (n, T + 1).
+    """(loss in nats per token, {what is said of activations: (L,)}) of windows (n, T + 1).
 
-    Means; `size` at a time, and a remainder smaller than that is left out.
+    Means; `size` at a time, and a remainder smaller than that is left out. "mean_square";
+    "kurtosis", of features' sizes s_j over tokens, mean s^4 / (mean s^2)^2: 1 where all are equal,
+    d where one is all (He et al. 2024, arXiv 2405.19279).
     """
     size = min(size, len(windows))
     size += -size % sharding.devices()
@@ -108,15 +112,18 @@ def evaluate(params, constants, windows, config, size):
     # One after the other: processes that run several at once could wait for each other.
     losses, squares = zip(*(jax.device_get(evaluate_batch(params, constants, batch, config))
                             for batch in whole))
-    return float(np.mean(losses)), np.mean(squares, 0).tolist()
+    squares = np.mean(squares, 0, float)                                          # (L, d)
+    sizes = np.maximum(squares.mean(1), 1e-30)
+    return float(np.mean(losses)), {"mean_square": squares.mean(1).tolist(),
+                                    "kurtosis": ((squares**2).mean(1) / sizes**2).tolist()}
 
 
-def total_loss(params, constants, windows, counted, config, size):
+def total_loss(params, constants, windows, counted, config, size, bits=None):
     """Sum of the losses in nats of the counted targets: windows (n, T + 1), counted (n, T)."""
     spare = -len(windows) % size                               # one shape for all: compiled once
     windows = np.pad(windows, ((0, spare), (0, 0))).reshape(-1, size, windows.shape[1])
     counted = np.pad(counted, ((0, spare), (0, 0))).reshape(-1, size, counted.shape[1])
-    losses = (np.asarray(evaluate_tokens(params, constants, batch, config), np.float64)
+    losses = (np.asarray(evaluate_tokens(params, constants, batch, config, bits), np.float64)
               for batch in windows)
     return sum(each[of_these].sum() for each, of_these in zip(losses, counted))
 
