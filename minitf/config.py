@@ -75,6 +75,8 @@ class ModelConfig(Checked):
     heads: int = flag("method", "attention heads (default: 4)", low=1, high=10_000)
     length: int = flag("method", "tokens of context, T (default: 64)", low=2)
     attn: str = flag("method", "attention family", table=FAMILIES)
+    objective: str = flag("method", "what is predicted: the next token (clm), or 15 % of the "
+                          "tokens, masked, from both sides (mlm; default: clm)", "clm", "mlm")
     gamma: tuple = flag("method", "espa: decay of the last kernel, gamma_L, one number or one for "
                         "each head, as 0.1,0.1,0.02 (default: 25.6 / length, at most 0.8; from "
                         "256 to 1,024 tokens a fifth of it for a quarter of the heads)",
@@ -142,6 +144,11 @@ class ModelConfig(Checked):
         require(not prescribed or not self.parallel and self.norm not in ("dyt", "derf"),
                 f"attn {self.attn} goes neither with parallel nor with norm {self.norm}: its "
                 "kernels are those of sublayers one after the other, of tokens of one size")
+        both_sides = self.objective == "mlm"
+        require(not both_sides or not self.identity_skip and not FAMILIES[self.attn].centred,
+                "objective mlm goes neither with identity-skip nor with attn shaped")
+        require(not (both_sides and prescribed) or self.length <= 1024,
+                f"objective mlm with attn {self.attn} needs a length of at most 1024")
         require(not self.parallel or self.alpha == self.mlp_alpha == 0,
                 "parallel needs alpha 0 and mlp-alpha 0")
         require(not (self.identity_values and self.identity_skip),
@@ -222,7 +229,8 @@ FIELDS = (*fields(ModelConfig), *fields(TrainingConfig), *fields(DataConfig))
 # Of what neither a flag nor the preset says.
 DEFAULTS = dict(depth=36, width=64, heads=4, length=64, rho=0.8, eta=0.9, zeta=1.5, tau=0.3,
                 position="rope", row_scale="unit", identity_skip=False, remat=False,
-                identity_values=False, qk_norm=False, trained_weights=False, parallel=False,
+                objective="clm", identity_values=False, qk_norm=False, trained_weights=False,
+                parallel=False,
                 steps=400, batch=16, accumulate=1, seed=0, weight_decay=0.0, lr_mult_path=1.0,
                 orthogonal_pull=0.0, data=None, val_data=None, encoding=None)
 
@@ -269,7 +277,7 @@ def resolve(preset="isometric", collision_rate=0.0, backend="cpu", **flags):
 
     # What follows from all that, where it is not chosen.
     rates = scaled(look_up(carried["rates"], values["optimizer"], "optimizer"), values["width"],
-                   values["depth"], carried.get("depth_power", 0.0))
+                   values["depth"], values["steps"], carried.get("depth_power", 0.0))
     values = dict(
         gamma=gammas_by_length(values["heads"], values["length"], values["row_scale"]),
         token_collision_rate=collision_rate,

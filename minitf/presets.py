@@ -7,6 +7,9 @@ from math import sqrt
 from typing import NamedTuple
 
 
+LONG = 6000                                # steps up to which one rate serves a skipless network
+
+
 class Rates(NamedTuple):
     """Tuned at 36 blocks of width 64; `scaled` carries them to other sizes."""
     learning_rate: float
@@ -87,17 +90,18 @@ PRESETS |= {
 }
 
 
-def scaled(rates, width, depth, power):
-    """Rates for another width, and another depth where `power` is above 0.
+def scaled(rates, width, depth, steps, power):
+    """Rates for another width, and where `power` is above 0 another depth and more steps.
 
     An update of one size an entry has a spectral norm that grows as sqrt(width), so the rate falls
     with it. Without skips the relative changes of all blocks add up in their product, so there
-    blocks' rates fall as the root of the depth (measured from 6 to 72 blocks). Embeddings and
-    head stand once in the network: their own rate stays, unless there is one rate for all.
+    blocks' rates fall as the root of the depth (measured from 6 to 72 blocks); and as the root of
+    the steps beyond LONG (measured at 6,000 and 24,000). Embeddings and head stand once in the
+    network: their own rate stays, unless there is one rate for all.
     """
-    by_depth = (36 / depth) ** power
-    embed = rates.embed if rates.embed == 1 else rates.embed / by_depth
-    return rates._replace(learning_rate=rates.learning_rate * (64 / width) ** 0.5 * by_depth,
+    of_blocks = (36 / depth) ** power * max(steps / LONG, 1) ** -power
+    embed = rates.embed if rates.embed == 1 else rates.embed / of_blocks
+    return rates._replace(learning_rate=rates.learning_rate * (64 / width) ** 0.5 * of_blocks,
                           embed=embed)
 
 

@@ -10,26 +10,34 @@ from ..errors import require
 from ..network import model
 from ..network.operations import REFERENCE
 from ..theory import activations
-from ..theory.families import FAMILIES
+from ..theory.families import FAMILIES, family
 from ..theory.kernels import attention_constants
 from .inspection import COLUMNS, initialise, read_windows, report
 from .pictures import draw_columns, draw_reports, figure, save
 
 SHOWN, LEAST = 64, 1e-4                    # of an attention matrix: positions, smallest entry
+SUCCESSORS = "sas", "cutting-the-skip"     # presets that are shown beside the attention families
 
 
 def reports_by_family(settings):
-    """{"espa, measured": the report of settings with this attention, ...}."""
+    """{"espa, measured": the report of settings with this attention, ...}, and of SUCCESSORS."""
     settings, *text = read_windows(settings)
-    return {f"{name}, measured": report(settings.replace(attn=name, identity_skip=False), *text)
-            for name in FAMILIES}
+    reports = {name: settings.replace(attn=name, identity_skip=False) for name in FAMILIES}
+    reports |= {name: resolve(name, settings.model.token_collision_rate, **size(settings))
+                for name in SUCCESSORS}
+    return {f"{name}, measured": report(each, *text) for name, each in reports.items()}
+
+
+def size(settings):
+    return {name: getattr(settings.model, name) for name in ("depth", "width", "heads", "length")}
 
 
 def rank_collapse(settings, path):
     """Mean cosine and effective rank of the tokens by depth, for each attention family."""
-    picture, panels = figure((11, 4.5), 1, 2)
+    picture, panels = figure((11, 5), 1, 2)
     draw_columns(panels, ("mean cosine", "effective rank"), reports_by_family(settings))
-    panels[0].legend(fontsize="small")
+    picture.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6,
+                   fontsize="small")
     save(picture, path)
 
 
@@ -61,13 +69,14 @@ def attention(settings, path):
     """
     settings = settings.replace(identity_skip=False)          # which has c of A beside attention
     config, shown = settings.model, min(settings.model.length, SHOWN)
-    constants, family = attention_constants(config), FAMILIES[config.attn]
-    require(family.row_sums, f"A of attn {config.attn} is not prescribed: there is nothing to draw")
+    constants, attends = attention_constants(config), family(config)
+    require(attends.row_sums,
+            f"A of attn {config.attn} is not prescribed: there is nothing to draw")
     positions = np.arange(shown)
     picture, panels = figure((13, 6.4), 2, 4)
     for column, layer in zip(panels.T, np.linspace(0, config.depth - 1, 4).astype(int)):
         own = {name: table[layer] for name, table in constants.items()}
-        bias = family.bias_rows(own, positions[:, None], positions) + np.zeros((1, shown, shown))
+        bias = attends.bias_rows(own, positions[:, None], positions) + np.zeros((1, shown, shown))
         weights = np.exp(bias) * np.tri(shown)
         matrices = weights / weights.sum(-1, keepdims=True)
         matrices = matrices * own["row_scale"][:, :shown, None]
@@ -82,10 +91,9 @@ def attention(settings, path):
 
 def jacobian(settings, path):
     """The participation ratio of a token's Jacobian by depth, of each preset at this size."""
-    size = {name: getattr(settings.model, name) for name in ("depth", "width", "heads", "length")}
     picture, axis = figure((7, 4.5))
     for number, preset in enumerate(("isometric", "paper", "normless", "preln")):
-        config = resolve(preset, **size).model
+        config = resolve(preset, **size(settings)).model
         params = initialise(jax.random.key(settings.training.seed), config, 2)
         x = jax.random.normal(jax.random.key(1), (config.length, config.width))
         found = jacobians(params, attention_constants(config), x, config)[0]

@@ -165,7 +165,8 @@ def run_steps(state, corpus, constants, out, log_to):
             if saving:
                 progress.rest()
     print(f"\n{said}, after {how.steps} steps, {time.perf_counter() - started:.0f} s; {out}")
-    show_beginning(checkpoints.Model(model, params, constants, encoding), corpus)
+    if model.objective == "clm":
+        show_beginning(checkpoints.Model(model, params, constants, encoding), corpus)
 
 
 def show_beginning(trained, corpus):

@@ -24,7 +24,8 @@ def describe(settings, params, corpus, out):
         "data": f"{len(corpus.train):,} tokens of {corpus.encoding.n_vocab:,}, "
                 f"token collision rate {model.token_collision_rate:.4f}, "
                 f"{len(corpus.validation):,} for validation ({corpus.held_out})",
-        "training": f"{how.steps} steps of {how.batch} x {model.length} tokens, {how.optimizer}, "
+        "training": f"{model.objective}, {how.steps} steps of {how.batch} x {model.length} tokens, "
+                    f"{how.optimizer}, "
                     f"learning rate {how.learning_rate:.3g} (embed x {how.lr_mult_embed:g}, "
                     f"qk x {how.lr_mult_qk:g}, vo x {how.lr_mult_vo:g}), {model.dtype} on "
                     f"{describe_device()}",

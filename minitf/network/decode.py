@@ -10,7 +10,7 @@ import numpy as np
 
 from ..config import Sampling
 from ..errors import require
-from ..theory.families import FAMILIES
+from ..theory.families import family
 from . import model, operations
 from .operations import REFERENCE
 
@@ -60,7 +60,7 @@ def block(x, cache, weights, constants, layer, start, config):
     keys, values = cache["k"][layer], cache["v"][layer]                                # (T, H, k)
     attended = operations.softmax_attention(q, keys, values, constants, config, start)
     mean = None
-    if FAMILIES[config.attn].centred:
+    if family(config).centred:
         mean = operations.slice_positions(operations.causal_mean(values), start, len(x))
     branch = model.output_projection(v, attended, mean, weights, config, REFERENCE)
     after = model.add_residual(x, branch, ("alpha", "beta"), weights, config,
@@ -91,6 +91,7 @@ def sample(params, constants, tokens, count, config, seed=0, temperature=1.0, to
     """
     tokens = model.check_tokens(tokens, len(params["embed"]))
     require(tokens.ndim == 1, "sampling goes on with one sequence, not with several")
+    require(config.objective == "clm", "a network with objective mlm fills gaps: it draws no text")
     require(temperature is not None, "temperature must be a number, at least 0")
     Sampling(tokens=count, temperature=temperature, top_k=top_k, seed=seed)    # ValueError
     return drawn_tokens(params, constants, tokens.tolist(), count, config, seed, temperature,

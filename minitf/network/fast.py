@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..theory.activations import SLOPES
-from ..theory.families import FAMILIES
+from ..theory.families import family
 from . import flash, operations as plain
 
 STRAIGHT_BLOCKS = 48        # at most so many blocks are a straight program on a GPU, not a loop
@@ -47,7 +47,8 @@ def operations(config, backend=None):
 
 def fuses_attention(config, backend):
     """Whether attention is left to kernels that make no T x T logits: in bfloat16 on a "gpu"."""
-    features, ours = config.width // config.heads, flash.triton and config.attn == "espa"
+    features = config.width // config.heads
+    ours = flash.triton and config.attn == "espa" and config.objective == "clm"
     # cuDNN's limits, with a bias.
     able = features % 8 == 0 and features <= 128 and (ours or config.length % 2 == 0)
     return backend == "gpu" and config.dtype == "bfloat16" and able
@@ -73,17 +74,18 @@ def repeat_checkpointed(step, x, layers, keep):
 
 def attend_fused(qkv, constants, config):
     """operations.attend by our kernel where it can, else by cuDNN's flash attention."""
-    length = qkv.shape[1]
-    if flash.triton and (config.attn == "espa" or not constants and length <= OUR_PLAIN_LENGTH):
+    length, causal = qkv.shape[1], config.objective == "clm"
+    ours = config.attn == "espa" or not constants and length <= OUR_PLAIN_LENGTH
+    if flash.triton and ours and causal:
         return attend_flash(qkv, constants, config)
     q, k, v = plain.split_qkv(qkv)
     q, k = plain.apply_rope(q, config), plain.apply_rope(k, config)
     bias = None
     if constants:                                      # rounded to bfloat16, as all the rest
         position = np.arange(length)
-        bias = FAMILIES[config.attn].bias_rows(constants, position[:, None], position)
-        bias = jnp.tril(bias).astype(v.dtype)[None]
-    out = jax.nn.dot_product_attention(q, k, v, bias, is_causal=True, implementation="cudnn")
+        bias = family(config).bias_rows(constants, position[:, None], position)
+        bias = (jnp.tril(bias) if causal else bias).astype(v.dtype)[None]
+    out = jax.nn.dot_product_attention(q, k, v, bias, is_causal=causal, implementation="cudnn")
     return plain.scale_rows(out, constants)
 
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from ..errors import require
-from ..theory.families import FAMILIES
-from ..theory.kernels import network_activation
+from ..theory.families import family
+from ..theory.kernels import branch_scale, network_activation
 
 KEYS = ("query", "up", "down", "key", "value", "output", "head", "embed", "position")
 
@@ -21,7 +21,7 @@ def init(key, config, vocabulary):
             f"vocabulary must be an integer of at least 1, not {vocabulary!r}")
     d, depth, keys = config.width, config.depth, dict(zip(KEYS, jax.random.split(key, len(KEYS))))
     branch = branch_scale(config)
-    matrices, family = MATRIX_INITS[config.init], FAMILIES[config.attn]
+    matrices, attention = MATRIX_INITS[config.init], family(config)
     blocks = {}
     blocks["query"], blocks["key"] = QUERY_INITS[config.query_init](
         keys["query"], keys["key"], depth, d, config.heads)
@@ -32,7 +32,7 @@ def init(key, config, vocabulary):
         keys["up"], keys["down"], depth, d, network_activation(config), branch)
     if config.identity_skip:                                                     # W^V W^O = I
         blocks["output"] = jnp.swapaxes(blocks["value"], 1, 2)
-    for name, start in family.parameters.items():
+    for name, start in attention.parameters.items():
         blocks[name] = jnp.full((depth, config.heads), start)
     for name in ("alpha", "beta", "mlp_alpha", "mlp_beta"):
         if config.trained_weights and getattr(config, name):
@@ -43,7 +43,7 @@ def init(key, config, vocabulary):
     # logits, to be unlearned first. With a final norm the customary random one learns faster.
     head = jax.random.normal(keys["head"], (d, vocabulary)) * d**-0.5
     params = {
-        "embed": jax.random.normal(keys["embed"], (vocabulary, d)),
+        "embed": jax.random.normal(keys["embed"], (vocabulary + (config.objective == "mlm"), d)),
         "blocks": blocks,
         "head": head if config.head_init == "gaussian" else jnp.zeros_like(head),
     }
@@ -53,12 +53,6 @@ def init(key, config, vocabulary):
     if config.position == "learned":
         params["position"] = jax.random.normal(keys["position"], (config.length, d))
     return params
-
-
-def branch_scale(config):
-    """Of W^O and W_2. Unweighted skips add up 2 L branches: GPT-2 starts each at (2 L)^-1/2."""
-    unweighted = config.alpha == config.beta == config.mlp_alpha == config.mlp_beta == 1
-    return (2 * config.depth)**-0.5 if unweighted else 1.0
 
 
 def path_sizes(config):

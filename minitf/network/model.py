@@ -15,18 +15,22 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from ..errors import require
-from ..theory.families import FAMILIES
+from ..theory.families import family
 from ..theory.kernels import network_activation
 from .operations import REFERENCE, causal_mean, slice_positions, standardise
+
+MASKED = 0.15                                  # of the tokens, by --objective mlm; as BERT has it
 
 
 def forward(params, constants, tokens, config, ops=REFERENCE):
     """tokens (S,) or (B, S) of integers, S <= T -> logits (..., S, V), in config.dtype.
 
     constants: those of `attention_constants`. Token by token: decode.py. ValueError for longer
-    sequences, and for tokens that are none of the vocabulary's.
+    sequences, and for tokens that are none of the vocabulary's. With objective mlm V masks one.
     """
     tokens = check_tokens(tokens, len(params["embed"]), config.length)
+    require(config.objective == "clm" or tokens.shape[-1] == config.length,
+            f"with objective mlm a sequence must have {config.length} tokens")
     after = [(0, 0)] * (tokens.ndim - 1) + [(0, config.length - tokens.shape[-1])]
     padded = jnp.pad(tokens, after)               # which changes nothing before it
     x = final_hidden(params, constants, padded, config, ops).reshape(*padded.shape, -1)
@@ -34,11 +38,27 @@ def forward(params, constants, tokens, config, ops=REFERENCE):
 
 
 def token_losses(params, constants, windows, config, ops=REFERENCE):
-    """Cross-entropy of each target in nats: windows (B, T + 1) of tokens -> (B, T), float32."""
-    targets = windows[:, 1:]
-    x = final_hidden(params, constants, windows[:, :-1], config, ops)
+    """Cross-entropy of each target in nats: windows (B, T + 1) of tokens -> (B, T), float32.
+
+    mlm: of each masked token, times T over how many there are, so that means are theirs; else 0.
+    """
+    tokens, targets = windows[:, :-1], windows[:, 1:]
+    if config.objective == "mlm":
+        hidden, targets = masked(tokens), tokens
+        tokens = jnp.where(hidden, params["head"].shape[1], tokens)
+    x = final_hidden(params, constants, tokens, config, ops)
     losses = ops.cross_entropy(x, params["head"].astype(x.dtype), targets.reshape(-1))
-    return losses.reshape(targets.shape)
+    losses = losses.reshape(targets.shape)
+    return losses / hidden.mean(1, keepdims=True) * hidden if config.objective == "mlm" else losses
+
+
+def masked(tokens):
+    """Which tokens (B, T) are masked: MASKED of each sequence, always the same ones of the same."""
+    length = tokens.shape[1]
+    odd = np.uint32(31) ** np.arange(length, dtype=np.uint32)
+    keys = (tokens.astype(jnp.uint32) * odd).sum(1, dtype=jnp.uint32)             # a hash, (B,)
+    draw = lambda key: jax.random.permutation(jax.random.key(key), length)
+    return jax.vmap(draw)(keys) < max(round(MASKED * length), 1)
 
 
 def final_hidden(params, constants, tokens, config, ops):
@@ -93,7 +113,7 @@ def attention_sublayer(x, weights, constants, config, ops):
     sequences = qkv.reshape(-1, config.length, *qkv.shape[1:])            # (B, T, 3, H, k)
     attended = ops.attend(sequences, constants, config)                   # (B, T, H, k)
     values = sequences[:, :, 2]                                           # (B, T, H, k)
-    mean = causal_mean(values) if FAMILIES[config.attn].centred else None
+    mean = causal_mean(values) if family(config).centred else None
     branch = output_projection(values, attended, mean, weights, config, ops)        # (N, d)
     return add_residual(x, branch, ("alpha", "beta"), weights, config, constants.get("skip_scale"))
 
@@ -121,7 +141,7 @@ def project_qkv(x, weights, config, ops):
 
 def output_projection(values, attended, mean, weights, config, ops):
     """values, what is attended to and perhaps the mean, (..., H, k) -> (N, d)."""
-    heads = FAMILIES[config.attn].mix(weights, values, attended, mean).reshape(-1, config.width)
+    heads = family(config).mix(weights, values, attended, mean).reshape(-1, config.width)
     return heads if config.identity_values else ops.project(heads, weights["output"])
 
 

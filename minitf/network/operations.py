@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..theory.families import FAMILIES
+from ..theory.families import family
 
 
 class Operations(NamedTuple):
@@ -35,14 +35,15 @@ def split_qkv(qkv):
 
 
 def softmax_attention(q, k, v, constants, config, start=0):
-    """D softmax(mask(Q K^T / sqrt(d_k) + B)) V; the softmax is float32.
+    """D softmax(mask(Q K^T / sqrt(d_k) + B)) V; the softmax is float32. No mask with mlm.
 
     q (..., S, H, k) of positions from `start`; k, v (..., T, H, k) -> (..., S, H, k). constants:
     those of a layer, with row_scale (H, S) for the queries' positions.
     """
     queries, keys = start + np.arange(q.shape[-3])[:, None], np.arange(k.shape[-3])
-    bias = FAMILIES[config.attn].bias_rows(constants, queries, keys)                 # (H, S, T)
-    bias = jnp.where(queries >= keys, bias, -jnp.inf)
+    bias = family(config).bias_rows(constants, queries, keys)                 # (H, S, T)
+    if config.objective == "clm":
+        bias = jnp.where(queries >= keys, bias, -jnp.inf)
     q = (q / np.sqrt(q.shape[-1])).astype(q.dtype)
     logits = jnp.einsum("...qhd,...khd->...hqk", q, k, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(logits + bias).astype(v.dtype)                          # (H, S, T)

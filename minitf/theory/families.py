@@ -4,7 +4,7 @@ To add one, add an entry: `prescribed` makes it from a kernel and a schedule alo
 for NumPy and JAX alike. `config` is a ModelConfig. L = depth, H = heads, T = length.
 """
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Callable
 
@@ -15,7 +15,7 @@ from . import spa
 
 @dataclass(frozen=True)
 class Family:
-    """softmax(Q K^T / sqrt(d_k) + B) under a causal mask, times D, and what is made of it.
+    """softmax(Q K^T / sqrt(d_k) + B) times D, and what is made of it.
 
     bias: config -> {name: (L, H, ...)}, the constants that B is made of; 1 for H: for all heads.
     bias_rows: (those of one layer, queries (S, 1), keys (T,)) -> B (H, S, T), both positions.
@@ -27,6 +27,7 @@ class Family:
     mix: (a layer's parameters, values, attended, their mean), (..., H, k) -> what the heads give;
         the mean is that of the values up to each position, made where `centred`.
     query_init: of network/init.py's QUERY_INITS, where none is chosen.
+    both_sides: the Family of tokens that see what is before and after them; None: the same one.
     """
     bias: Callable = lambda config: {}
     bias_rows: Callable = lambda constants, queries, keys: 0.0
@@ -37,23 +38,41 @@ class Family:
     mix: Callable = lambda weights, values, attended, mean: attended
     centred: bool = False
     query_init: str = "zero"
+    both_sides: "Family | None" = None
 
 
 def prescribed(schedules, kernel, log_attention=None, matvec=None, bias=None, bias_names=("bias",),
-               bias_rows=lambda constants, queries, keys: constants["bias"][:, queries[:, 0]]):
+               bias_rows=None):
     """A family whose kernels are prescribed. Kernel and schedules suffice: A = L_out L_in^-1.
 
+    From both sides it is A = Sigma_out^(1/2) Sigma_in^(-1/2).
     schedules: config -> the kernel's parameter by depth, (L + 1,), of each head, or one for all.
     kernel: (parameter, length) -> Sigma (T, T). What makes the same, but fast: log_attention
     (before, after, length) -> log A (T, T); matvec (before, after, x (T, n)) -> A x; bias (before,
     after) -> one number for each of bias_names, and the bias_rows that they make.
     """
-    def log_by_definition(before, after, length):
+    def by_definition(before, after, length):
         attention = spa.cholesky_attention(kernel(before, length), kernel(after, length))
         with np.errstate(divide="ignore"):
             return np.log(spa.non_negative(np.tril(attention)))
 
-    log_attention = log_attention or log_by_definition
+    def from_both_sides(before, after, length):
+        attention = spa.symmetric_attention(kernel(before, length), kernel(after, length))
+        return np.log(np.maximum(attention, 1e-14))    # what rounding made 0 can be attended to
+
+    both_sides = made_of(schedules, from_both_sides)
+    return replace(made_of(schedules, log_attention or by_definition, matvec, bias,
+                           bias_names, bias_rows or own_rows), both_sides=both_sides)
+
+
+def own_rows(constants, queries, keys):
+    """The bias_rows of a B that is kept whole."""
+    return constants["bias"][:, queries[:, 0]]
+
+
+def made_of(schedules, log_attention, matvec=None, bias=None, bias_names=("bias",),
+            bias_rows=own_rows):
+    """The Family of these, as `prescribed` has them."""
     matvec = matvec or (lambda before, after, x: np.exp(log_attention(before, after, len(x))) @ x)
 
     def pairs(config):
@@ -125,6 +144,12 @@ FAMILIES = {
             + constants["first_key_bias"][:, None, None] * (keys == 0)
             + constants["self_bias"][:, None, None] * (queries == keys))),
 }
+
+
+def family(config):
+    """The Family of a ModelConfig."""
+    entry = FAMILIES[config.attn]
+    return entry.both_sides or entry if config.objective == "mlm" else entry
 
 
 def identity_parts(config):

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import require
 from . import activations, spa
-from .families import FAMILIES, identity_parts
+from .families import family, identity_parts
 
 EXACT_LENGTH = 1024        # positions over which the recursion, O(T^2) or more a layer, is run
 
@@ -71,16 +71,23 @@ def predict_kernels(config, kernel, n=None):
     n: as in kernel_recursion; ones, (L, T), for row_scale "row-sum". Nor is a prediction made of
     sublayers in parallel, and of what only stands in the place of a norm.
     """
-    kernel_maps = FAMILIES[config.attn].kernel_maps
+    kernel_maps = family(config).kernel_maps
     if kernel_maps is None or config.parallel or config.norm in ("dyt", "derf"):
         return []
     if n is None and config.row_scale == "row-sum":
         n = np.ones((config.depth, len(kernel)))
-    linear = config.mlp_init == "looks_linear"
-    correlation_map = (lambda c: c) if linear else network_activation(config).correlation_map
+    phi, linear = network_activation(config), config.mlp_init == "looks_linear"
+    correlation_map = (lambda c: c) if linear else phi.correlation_map
+    scale = branch_scale(config)
+    of_mlp = config.mlp_alpha, config.mlp_beta * scale * (1 if linear else phi.mean_square()**0.5)
     return list(kernel_recursion(kernel_maps(config), kernel, correlation_map, config.alpha,
-                                 config.beta, config.norm != "none", n,
-                                 (config.mlp_alpha, config.mlp_beta)))
+                                 config.beta * scale, config.norm != "none", n, of_mlp))
+
+
+def branch_scale(config):
+    """Of W^O and W_2. Unweighted skips add up 2 L branches: GPT-2 starts each at (2 L)^-1/2."""
+    unweighted = config.alpha == config.beta == config.mlp_alpha == config.mlp_beta == 1
+    return (2 * config.depth)**-0.5 if unweighted else 1.0
 
 
 def position_scale(config):
@@ -105,10 +112,10 @@ def attention_constants(config):
     E-SPA, (L, H); else "bias", (L, H, T, T). 1 for H: the same for all heads. identity_skip:
     "skip_scale" too, c / n of A = c I + P, (L, T), and D and B are of what A has beyond c I.
     """
-    family = FAMILIES[config.attn]
-    if family.row_sums is None:
+    attention = family(config)
+    if attention.row_sums is None:
         return {}
-    constants, row_scale = family.bias(config), family.row_sums(config)
+    constants, row_scale = attention.bias(config), attention.row_sums(config)
     n = position_scale(config)
     if config.identity_skip:
         c, diagonal = identity_parts(config)
