@@ -254,7 +254,8 @@ class Settings:
                        **{**self.flags, **flags})
 
 
-def resolve(preset="isometric", collision_rate=0.0, backend="cpu", **flags):
+def resolve(preset: str = "isometric", collision_rate: float = 0.0, backend: str = "cpu",
+            **flags) -> Settings:
     """The Settings of a preset with flags beside it: each flag, or the preset's value, or this.
 
     Args:

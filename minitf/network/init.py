@@ -12,7 +12,7 @@ from ..theory.kernels import branch_scale, network_activation
 KEYS = ("query", "up", "down", "key", "value", "output", "head", "embed", "position")
 
 
-def init(key, config, vocabulary):
+def init(key: jax.Array, config, vocabulary: int) -> dict:
     """The parameters of a ModelConfig for so many tokens: a nested dict of arrays.
 
     key: of jax.random. ValueError unless the vocabulary has a token.

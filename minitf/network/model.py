@@ -22,7 +22,7 @@ from .operations import REFERENCE, causal_mean, slice_positions, standardise
 MASKED = 0.15                                  # of the tokens, by --objective mlm; as BERT has it
 
 
-def forward(params, constants, tokens, config, ops=REFERENCE):
+def forward(params: dict, constants: dict, tokens, config, ops=REFERENCE) -> jax.Array:
     """tokens (S,) or (B, S) of integers, S <= T -> logits (..., S, V), in config.dtype.
 
     constants: those of `attention_constants`. Token by token: decode.py. ValueError for longer

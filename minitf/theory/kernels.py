@@ -56,7 +56,7 @@ def network_activation(config):
                              config.mlp_beta, config.eta, config.zeta, config.tau)
 
 
-def input_kernel(config, length, equal=None):
+def input_kernel(config, length: int, equal: np.ndarray | None = None) -> np.ndarray:
     """E Sigma_0, (T, T). Tokens are equal by config.token_collision_rate, or as `equal`, (T, T).
 
     Learned positions, independent at the start, are half of what the first block is given.
@@ -65,7 +65,7 @@ def input_kernel(config, length, equal=None):
     return (tokens + np.eye(length)) / 2 if config.position == "learned" else tokens + 0.0
 
 
-def predict_kernels(config, kernel, n=None):
+def predict_kernels(config, kernel: np.ndarray, n: np.ndarray | None = None) -> list:
     """[(n, Sigma)] after each block from Sigma_0 = kernel; [] where A depends on the input.
 
     n: as in kernel_recursion; ones, (L, T), for row_scale "row-sum". Nor is a prediction made of
@@ -105,7 +105,7 @@ def position_scale(config):
     return np.pad(n, ((0, 0), (0, config.length - exact)), mode="edge")
 
 
-def attention_constants(config):
+def attention_constants(config) -> dict[str, np.ndarray]:
     """The constants of attention, {name: float32 array}; {} for families that have none.
 
     "row_scale": D, (L, H, T). What B is made of: "slope", "first_key_bias" and "self_bias" of

@@ -191,7 +191,7 @@ def digest(params):
     return sums.hexdigest()
 
 
-def load(place):
+def load(place: str | Path) -> Model:
     """The Model of a run's folder, its newest usable checkpoint, or of a checkpoint's file.
 
     ValueError, with one line, if there is none.
