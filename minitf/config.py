@@ -7,6 +7,7 @@ from .errors import look_up, require, require_one_of
 from .presets import PRESETS, gammas_by_length, scaled
 from .theory.activations import NAMES, TRANSFORMS
 from .theory.families import FAMILIES
+from .theory.kernels import INIT_SCALES, NOT_NORMS
 
 SECTIONS = ("method", "additions", "successors", "training", "data")   # of flags, as in --help
 LARGEST = 1e30                                         # number: what is made of it fits a float32
@@ -140,19 +141,29 @@ class ModelConfig(Checked):
             require(self.norm != "none" and not exactly or abs(total - 1) < near,
                     f"without norms or with a transform alpha^2 + beta^2 must be 1, to {near}, "
                     f"not {total:.4g}")
-        prescribed = FAMILIES[self.attn].row_sums is not None
-        require(not prescribed or not self.parallel and self.norm not in ("dyt", "derf"),
-                f"attn {self.attn} goes neither with parallel nor with norm {self.norm}: its "
-                "kernels are those of sublayers one after the other, of tokens of one size")
-        both_sides = self.objective == "mlm"
-        require(not both_sides or not self.identity_skip and not FAMILIES[self.attn].centred,
-                "objective mlm goes neither with identity-skip nor with attn shaped")
-        require(not (both_sides and prescribed) or self.length <= 1024,
-                f"objective mlm with attn {self.attn} needs a length of at most 1024")
+        self.check_what_goes_together()
+
+    def check_what_goes_together(self):
+        """ValueError where a flag contradicts another."""
+        family, both_sides = FAMILIES[self.attn], self.objective == "mlm"
+        prescribed = family.row_sums is not None
+        require(not prescribed or self.norm not in NOT_NORMS,
+                f"attn {self.attn} needs norm none, layer or rms, not {self.norm}")
+        require(not prescribed or not self.parallel, f"parallel does not go with attn {self.attn}")
         require(not self.parallel or self.alpha == self.mlp_alpha == 0,
                 "parallel needs alpha 0 and mlp-alpha 0")
-        require(not (self.identity_values and self.identity_skip),
-                "identity-values does not go with identity-skip")
+        require(family.kernel_maps is None or self.query_init == "zero",
+                f"attn {self.attn} needs query-init zero, not {self.query_init}")
+        require(not self.qk_norm or self.query_init != "zero",
+                "qk-norm needs a query-init that is not zero")
+        require(self.init not in INIT_SCALES or self.norm in ("layer", "rms"),
+                f"init {self.init} needs norm layer or rms, not {self.norm}")
+        require(not self.identity_skip or not (self.identity_values or self.trained_weights),
+                "identity-skip goes neither with identity-values nor with trained-weights")
+        require(not both_sides or not self.identity_skip and not family.centred,
+                "objective mlm goes neither with identity-skip nor with attn shaped")
+        require(not both_sides or not prescribed or self.length <= 1024,
+                f"objective mlm with attn {self.attn} needs a length of at most 1024")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,8 +176,8 @@ class TrainingConfig(Checked):
     seed: int = flag("training", "of initialisation and order of the data (default: 0)",
                      low=0, high=2**31 - 1)
     optimizer: str = flag("training", "optimizer", "muon", "adamw")
-    learning_rate: float = flag("training", "peak learning rate (default: the preset's, for width "
-                                "and depth)", above=0)
+    learning_rate: float = flag("training", "peak learning rate (default: the preset's, for width, "
+                                "depth and steps)", above=0)
     warmup: int = flag("training", "steps of linear warm-up (default: a twentieth)", low=0)
     save_every: int = flag("training", "steps between checkpoints (default: a fifth of the steps)",
                            low=1)
@@ -278,7 +289,7 @@ def resolve(preset: str = "isometric", collision_rate: float = 0.0, backend: str
 
     # What follows from all that, where it is not chosen.
     rates = scaled(look_up(carried["rates"], values["optimizer"], "optimizer"), values["width"],
-                   values["depth"], values["steps"], carried.get("depth_power", 0.0))
+                   values["depth"], values["steps"], carried.get("rate_power", 0.0))
     values = dict(
         gamma=gammas_by_length(values["heads"], values["length"], values["row_scale"]),
         token_collision_rate=collision_rate,
@@ -299,6 +310,8 @@ def resolve(preset: str = "isometric", collision_rate: float = 0.0, backend: str
     values.setdefault("rho_first", min(values["token_collision_rate"], 0.999))
     gamma = values["gamma"] if isinstance(values["gamma"], (tuple, list)) else (values["gamma"],)
     values["gamma"] = tuple(gamma) * (values["heads"] if len(gamma) == 1 else 1)
+    require(not values["identity_values"] or "vo" not in values["pull_groups"].split(","),
+            "pull-groups vo does not go with identity-values: there is no W^V and no W^O")
     parts = [part(**{each.name: values[each.name] for each in fields(part)})
              for part in (ModelConfig, TrainingConfig, DataConfig)]
     return Settings(preset, flags, *parts)

@@ -1,7 +1,7 @@
 """Presets: whole networks by name, each with the learning rates that were tuned for it.
 
 A flag given beside a preset changes that one thing and the defaults that follow from it: gamma from
-the length, rates from optimizer, width and depth. Those rules are functions below.
+the length, rates from optimizer, width, depth and steps. Those rules are functions below.
 """
 from math import sqrt
 from typing import NamedTuple
@@ -27,7 +27,7 @@ PRESETS = {
         optimizer="muon", lr_mult_path=0.1, orthogonal_pull=0.2, weight_decay=0.1,
         rates=dict(muon=Rates(6e-4, 64.0, 16.0, 8.0, "qk,vo"),
                    adamw=Rates(1.5e-4, 256.0, 16.0, 0.5)),
-        depth_power=0.5),
+        rate_power=0.5),
     # He et al. (ICLR 2023). Not known to us: their positions, head, schedule, batch, width, weight
     # decay and rates. 16 for embeddings and head is the best of a few multiples that we tried.
     "paper": dict(
@@ -36,7 +36,7 @@ PRESETS = {
         init="orthogonal", mlp_init="orthogonal", head_init="zero",
         optimizer="adamw",
         rates=dict(muon=Rates(1e-3, 1.0, 1.0, 1.0), adamw=Rates(2e-4, 16.0, 1.0, 1.0)),
-        depth_power=0.5),
+        rate_power=0.5),
     # No norms, weighted skips (section 5 of the paper): alpha^2 + beta^2 = 1.
     "normless": dict(
         attn="espa", alpha=0.98, beta=sqrt(1 - 0.98**2), norm="none", act="relu", transform="none",
@@ -50,7 +50,7 @@ PRESETS = {
         optimizer="muon", lr_mult_path=0.1, orthogonal_pull=0.2, weight_decay=0.1,
         rates=dict(muon=Rates(3e-4, 270.0, 16.0, 11.0, "qk,vo"),
                    adamw=Rates(2e-4, 512.0, 18.0, 12.0)),
-        depth_power=0.5),
+        rate_power=0.5),
     # The standard transformer: skips, layer norm, GELU.
     "preln": dict(
         attn="softmax", alpha=1.0, beta=1.0, norm="layer", act="gelu", transform="none",
@@ -61,33 +61,33 @@ PRESETS = {
 
 # --- Successors, for comparison, with what is published of them -------------------------
 # Everywhere ours: rotary positions, the schedule, Adam's second moment (0.95), embeddings of mean
-# square 1, the rates. What else differs is named.
+# square 1. What else differs is named. Rates are Pre-LN's, as all that is not said here.
 
-LIKE_PRELN = PRESETS["preln"] | dict(init="gaussian", mlp_init="gaussian")
-
-PRESETS |= {
+SUCCESSORS = {
     # Shaped attention in the standard transformer (He and Hofmann 2023, arXiv 2311.01906).
-    "shaped": LIKE_PRELN | dict(attn="shaped"),
+    "shaped": dict(attn="shaped"),
     # The simplified block of that paper: no W^V, no W^O, no skip around attention, a trained weight
-    # of the MLP of 0.1 at 18 blocks, as 1 / sqrt(L). W^V of the first block, which they keep, is
-    # left out.
-    "sas": LIKE_PRELN | dict(
+    # of the MLP of 0.1 at 18 blocks, as 1 / sqrt(L): here that of 36. W^V of the first block, which
+    # they keep, is left out.
+    "sas": dict(
         attn="shaped", identity_values=True, alpha=0.0, beta=1.0, mlp_alpha=1.0, mlp_beta=0.07,
         trained_weights=True, norm="rms", act="relu"),
     # The same with both sublayers side by side, and no skip at all. Each has a gain of its own.
-    "sas-p": LIKE_PRELN | dict(
+    "sas-p": dict(
         attn="shaped", identity_values=True, parallel=True, alpha=0.0, beta=1.0, mlp_beta=0.07,
         trained_weights=True, norm="rms", act="relu"),
     # No norms but of queries and keys (He et al. 2024, arXiv 2405.19279): branches of 0.2 at 18
-    # blocks, as 1 / sqrt(L). The norm before the first attention and the last one are left out.
-    "op": LIKE_PRELN | dict(
+    # blocks, as 1 / sqrt(L): here that of 36. The norm before the first attention and the last one
+    # are left out.
+    "op": dict(
         qk_norm=True, alpha=1.0, beta=0.14, norm="none", act="relu"),
     # No skips, layer norm, their initialisation (Ji et al. 2025, arXiv 2510.00345), here causal.
     # They train it by SOAP; here by Muon, or AdamW.
-    "cutting-the-skip": LIKE_PRELN | dict(
+    "cutting-the-skip": dict(
         alpha=0.0, beta=1.0, init="orthogonal-3", query_init="near-identity",
         mlp_init="orthogonal", optimizer="muon"),
 }
+PRESETS |= {name: PRESETS["preln"] | own for name, own in SUCCESSORS.items()}
 
 
 def scaled(rates, width, depth, steps, power):
@@ -118,10 +118,18 @@ def gammas_by_length(heads, length, row_scale):
 
 def untuned(preset, flags):
     """A note where a preset's rates were tuned for something else than these flags; else None."""
-    shapes = ("attn", "act", "transform", "alpha", "beta", "norm", "init", "mlp_init", "position")
+    shapes = ("attn", "objective", "act", "transform", "alpha", "beta", "norm", "init", "mlp_init",
+              "position", "query_init", "identity_values", "qk_norm", "mlp_alpha", "mlp_beta",
+              "trained_weights", "parallel")
+    usual = dict(position="rope", objective="clm", identity_values=False, qk_norm=False,
+                 trained_weights=False, parallel=False) | PRESETS[preset]
     others = [f"{name} {flags[name]}" for name in shapes
-              if name in flags and flags[name] != PRESETS[preset].get(name, "rope")]
-    if not others or "learning_rate" in flags:
+              if name in flags and flags[name] != usual.get(name)]
+    if "learning_rate" in flags:
+        return None
+    if preset in SUCCESSORS:
+        return f"note: the learning rates of preset {preset} are those of preln"
+    if not others:
         return None
     return (f"note: the learning rates of preset {preset} were not tuned with "
             f"{', '.join(others)}; --learning-rate and the --lr-mult-... flags set others")

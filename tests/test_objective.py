@@ -9,6 +9,7 @@ from networks import (D, EPS32, T, V, attention_stack, compiled_as, init, orthon
 from minitf import attention_constants, forward, resolve
 from minitf.network import decode, model
 from minitf.theory import kernels as theory, spa
+from minitf.training import train
 
 
 @given(st.sampled_from(["espa", "uspa"]), st.floats(0.05, 2), st.sampled_from([1, 4]),
@@ -23,7 +24,7 @@ def test_attention_from_both_sides_keeps_the_prescribed_kernels(attn, gamma, hea
     config = small(attn, objective="mlm", gamma=gamma, heads=heads, rho=min(gamma / 2.1, 0.9))
     params = init(jax.random.key(seed % 8), compiled_as(config, heads=4), V)
     constants = attention_constants(config)
-    assert constants["bias"].shape[-2:] == (T, T) and np.isfinite(constants["bias"]).all()
+    assert constants["bias"].shape == (4, 1, T, T) and np.isfinite(constants["bias"]).all()
     after = np.asarray(attention_stack(params["blocks"], constants, orthonormal_tokens(seed),
                                        config), float)
     for layer, (y, sigma) in enumerate(zip(after, prescribed_kernels(config)), 1):
@@ -59,20 +60,33 @@ def test_each_token_sees_all_others(attn):
 
 @given(st.integers(1, 100), st.integers(0, 2**31 - 1))
 def test_a_share_of_the_tokens_is_masked(length, seed):
-    """Exactly 15 %, rounded, at least one: the same of the same sequence, of others others."""
+    """Exactly 15 %, rounded, at least one: the same of the same sequence and draw."""
     tokens = np.random.default_rng(seed).integers(0, 1000, (3, length), np.int32)
-    hidden = np.asarray(model.masked(tokens))
+    hidden = np.asarray(model.masked(tokens, seed))
     assert np.all(hidden.sum(1) == max(round(0.15 * length), 1))
-    assert np.array_equal(model.masked(tokens[::-1]), hidden[::-1])
-    many = np.asarray(model.masked(np.arange(4000, dtype=np.int32).reshape(100, 40)))
-    assert abs(many.mean(0) - 0.15).max() < 5 * np.sqrt(0.15 * 0.85 / 100)     # no favourite place
+    assert np.array_equal(model.masked(tokens[::-1], seed), hidden[::-1])
+
+
+def test_other_sequences_and_other_steps_mask_other_tokens():
+    """No position is preferred, and a sequence's tokens all have their turn."""
+    share = 5 * np.sqrt(0.15 * 0.85 / 100)
+    many = np.asarray(model.masked(np.arange(4000, dtype=np.int32).reshape(100, 40), 0))
+    assert abs(many.mean(0) - 0.15).max() < share
+    one = np.arange(40, dtype=np.int32)[None]
+    steps = np.array([model.masked(one, draw)[0] for draw in range(100)])
+    assert abs(steps.mean(0) - 0.15).max() < share
+    config = small("espa", objective="mlm", head_init="gaussian")
+    params, batch = init(jax.random.key(0), config, V), random_tokens(0, 2, T + 1)
+    constants = attention_constants(config)
+    losses = [float(train.loss(params, constants, batch, config, draw)) for draw in (0, 0, 1)]
+    assert losses[0] == losses[1] != losses[2]
 
 
 def test_the_loss_is_that_of_the_masked_tokens():
     """With a head of zeros log V each, and 0 for tokens that are shown; V stands for a mask."""
     config = small("espa", objective="mlm")
     params, windows = init(jax.random.key(0), config, V), random_tokens(0, 2, T + 1)
-    constants, hidden = attention_constants(config), np.asarray(model.masked(windows[:, :-1]))
+    constants, hidden = attention_constants(config), np.asarray(model.masked(windows[:, :-1], 0))
     losses = np.asarray(model.token_losses(params, constants, windows, config))
     assert len(params["embed"]) == V + 1 and params["head"].shape == (D, V)
     assert np.all(losses[~hidden] == 0) and np.isclose(losses.mean(), np.log(V), rtol=1e-5)

@@ -1,4 +1,7 @@
 """Successors of the method, as comparisons: each does at the start what it promises."""
+import gc
+from itertools import product
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +12,8 @@ from networks import D, EPS32, T, V, random_tokens, stirred
 from minitf import attention_constants, forward, resolve
 from minitf.network import decode, fast, init as starts, model, operations, quantize
 from minitf.network.operations import REFERENCE
-from minitf.training import train
+from minitf.cli import main
+from minitf.training import checkpoint, optimizer, train
 
 NAMES = ("shaped", "sas", "sas-p", "op", "cutting-the-skip")
 NETWORKS = {**{name: dict(preset=name) for name in NAMES},
@@ -62,7 +66,7 @@ def test_shaped_attention_is_its_formula():
     a /= a.sum(-1, keepdims=True)
     alpha, beta, gamma = (weights[f"shaped_{name}"][:, None, None]
                           for name in ("alpha", "beta", "gamma"))
-    mixed = alpha * np.eye(T) + beta * a + gamma * mean
+    mixed = alpha * np.eye(T) + beta * a - gamma * mean
     expected = np.einsum("hqk,khd->qhd", mixed, y.reshape(T, 4, -1)).reshape(T, D)
     assert np.std(beta) > 0.05 and np.std(a[:, -1]) > 0.005        # they matter
     assert np.allclose(attended, weights["beta"] * expected, atol=1e-4)
@@ -70,14 +74,15 @@ def test_shaped_attention_is_its_formula():
 
 def test_simplified_blocks_are_their_equations():
     """SAS: X^ + beta MLP(Norm(X^)), without a skip before it; SAS-P: both of Norm(X), added."""
-    for name in ("sas", "sas-p"):
-        x, after, attended, weights, config = one_block(name)
+    for name, moved in product(("sas", "sas-p"), (0.0, 0.1)):
+        x, after, attended, weights, config = one_block(name, moved=moved)
         assert "output" not in weights and weights["qkv"].shape == (D, 2 * D)
-        assert np.isclose(weights["mlp_beta"], 0.07) and config.alpha == 0
-        y = rms_norm(attended if name == "sas" else x)
+        assert moved or np.isclose(weights["mlp_beta"], 0.07) and config.alpha == 0
+        y = rms_norm(attended if name == "sas" else x) * weights["norm2"]
         mlp = jax.nn.relu(y @ weights["up"]) @ weights["down"]
-        assert np.allclose(after, attended + 0.07 * mlp, atol=1e-5)
-    assert "mlp_alpha" not in weights
+        skip = weights["mlp_alpha"] * attended if name == "sas" else attended
+        assert np.allclose(after, skip + weights["mlp_beta"] * mlp, atol=2e-5)
+    assert "mlp_alpha" not in weights and "alpha" not in weights
 
 
 # --- OP, Cutting the Skip, what stands in the place of norms -----------------------------
@@ -162,10 +167,56 @@ def test_decoding_and_what_is_fast_equal_the_forward_pass(name):
     assert np.max(np.abs(plain - quick)) <= 2 * wrong + 70 * EPS32
 
 
+@pytest.mark.parametrize("flags", ["--preset sas", "--preset preln --norm derf",
+                                   "--preset op --objective mlm"])
+def test_a_run_of_it_is_saved_resumed_inspected_and_exported(flags, tmp_path, capsys):
+    """On the command line, which ends with status 0, and the weights come back."""
+    run, small = str(tmp_path / "run"), "--depth 2 --width 16 --heads 2 --length 8 --batch 4"
+    for arguments in (
+            f"{flags} {small} --steps 2 --out {run}", f"--resume {run} --steps 4",
+            f"--inspect {run}", f"--eval {run} --quantize w8a8",
+            f"--export {run} {tmp_path / 'out.safetensors'}"):
+        main.main(arguments.split())
+        gc.collect()                                               # a run's lock goes with it
+    said = capsys.readouterr().out
+    assert "w8a8: " in said and "out.safetensors: " in said and said.count("effective rank") == 1
+    assert ("a masked token" in said) == ("mlm" in flags)
+    params = checkpoint.load(tmp_path / "run").params
+    assert len(jax.tree.leaves(params["blocks"].get("norm1"))) == \
+        {"--preset sas": 1, "--preset preln --norm derf": 3}.get(flags, 0)
+
+
+def test_a_final_gain_learns_with_its_group_and_a_slope_at_the_plain_rate():
+    """DyT's gain is that of the norm in whose place it stands."""
+    config, params = network("dyt")
+    rates = {"learning_rate": {"embed": 7.0}, "weight_decay": {}, "linear_path": {}}
+    update, _ = optimizer.scale_by_group().update(jax.tree.map(jnp.ones_like, params), None, params,
+                                                  rates=rates, learning_rate=2.0)
+    assert np.all(update["norm"]["gain"] == 14) and np.all(update["norm"]["slope"] == 2)
+    assert np.all(update["blocks"]["norm1"]["gain"] == 2) and np.all(update["head"] == 14)
+
+
+def test_rates_of_skipless_networks_fall_with_the_root_of_long_runs():
+    """Of blocks beyond 6,000 steps; embeddings keep theirs, and networks with skips all."""
+    at = lambda preset, steps: resolve(preset, steps=steps).training
+    short, long = at("isometric", 6000), at("isometric", 24_000)
+    assert at("isometric", 100).learning_rate == short.learning_rate
+    assert long.learning_rate == pytest.approx(short.learning_rate / 2)
+    assert long.lr_mult_embed == pytest.approx(2 * short.lr_mult_embed)
+    assert at("preln", 24_000).learning_rate == at("preln", 100).learning_rate
+
+
 @pytest.mark.parametrize("flags, said", [
     (dict(preset="sas-p", alpha=0.5), "parallel needs alpha 0"),
-    (dict(parallel=True), "goes neither with parallel"), (dict(norm="dyt"), "nor with norm dyt"),
-    (dict(preset="identity-skip", identity_values=True), "does not go with identity-skip"),
+    (dict(parallel=True), "parallel does not go with attn espa"),
+    (dict(norm="dyt"), "needs norm none, layer or rms"),
+    (dict(preset="identity-skip", identity_values=True), "neither with identity-values"),
+    (dict(preset="identity-skip", trained_weights=True), "nor with trained-weights"),
+    (dict(identity_values=True, pull_groups="vo"), "there is no W.V and no W.O"),
+    (dict(qk_norm=True), "query-init that is not zero"),
+    (dict(query_init="gaussian"), "needs query-init zero"),
+    (dict(preset="shaped", query_init="gaussian"), "needs query-init zero"),
+    (dict(init="orthogonal-3"), "needs norm layer or rms"),
     (dict(preset="op", mlp_beta=0.5), "to 0.05"), (dict(query_init="none"), "query_init must be")])
 def test_what_does_not_go_together_is_refused(flags, said):
     with pytest.raises(ValueError, match=said):

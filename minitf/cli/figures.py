@@ -22,6 +22,7 @@ SUCCESSORS = "sas", "cutting-the-skip"     # presets that are shown beside the a
 def reports_by_family(settings):
     """{"espa, measured": the report of settings with this attention, ...}, and of SUCCESSORS."""
     settings, *text = read_windows(settings)
+    require(settings.model.objective == "clm", "this figure is of networks with objective clm")
     reports = {name: settings.replace(attn=name, identity_skip=False) for name in FAMILIES}
     reports |= {name: resolve(name, settings.model.token_collision_rate, **size(settings))
                 for name in SUCCESSORS}
@@ -29,6 +30,7 @@ def reports_by_family(settings):
 
 
 def size(settings):
+    """The flags that say how large a network is."""
     return {name: getattr(settings.model, name) for name in ("depth", "width", "heads", "length")}
 
 
@@ -67,6 +69,7 @@ def attention(settings, path):
 
     ValueError where A depends on the input.
     """
+    require(settings.model.objective == "clm", "this figure is of networks with objective clm")
     settings = settings.replace(identity_skip=False)          # which has c of A beside attention
     config, shown = settings.model, min(settings.model.length, SHOWN)
     constants, attends = attention_constants(config), family(config)

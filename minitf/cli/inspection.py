@@ -248,7 +248,7 @@ def table(out, beside):
 def gains(start, after):
     """The size of each block's weights over that at the start; queries start at 0: over keys'."""
     size = lambda w: np.sqrt(np.square(np.asarray(w)).mean(tuple(range(1, w.ndim))))
-    names = [name for name, w in after.items() if w.ndim == 3]
+    names = [name for name, w in after.items() if getattr(w, "ndim", 0) == 3]
     ratio = [size(after[name]) / size(start["key" if name == "query" else name]) for name in names]
     lines = ["", "size of the weights over that at the start (queries over keys)",
              "block" + "".join(name.rjust(10) for name in names)]

@@ -88,7 +88,11 @@ def resume(folder, flags, mesh, log_to=None):
     changed = changes(state.settings, flags)
     refuse_others(changed, MAY_CHANGE, f"cannot change on resuming; {', '.join(MAY_CHANGE)} can")
     if changed:
+        before = state.settings.training.learning_rate
         state = state._replace(settings=state.settings.replace(**changed))
+        rate = state.settings.training.learning_rate
+        if rate != before and "learning_rate" not in changed:
+            print(f"note: with so many steps the learning rate is {rate:.3g}, not {before:.3g}")
     steps = state.settings.training.steps
     require(steps > state.step, f"{folder} is trained: {state.step} of {steps} steps; "
             "more --steps would go on")
@@ -136,7 +140,7 @@ def run_steps(state, corpus, constants, out, log_to):
             batch = sharding.batch(partial(read, how.seed, step), how.batch, model.length)
             params, opt_state, values = training.train_step(
                 params, opt_state, constants, rates, optimizer.learning_rate(how, step), batch,
-                model, how.optimizer, how.accumulate)
+                model, how.optimizer, how.accumulate, step)
             late = sharding.first() and not asked and time.monotonic() - saved_at > SAVE_SECONDS
             told, asked = int(asked), sharding.largest(STOP if stop else int(late))
             stopping = told == STOP
@@ -245,12 +249,14 @@ def evaluate(settings, params, constants, corpus, count, step, metrics, watch):
     size = corpus.validation_counts @ encodings.byte_lengths(corpus.encoding)
     bits = len(corpus.validation) / size / math.log(2)            # per byte, of a nat per token
     unigram = data.unigram_loss(corpus.train_counts, corpus.validation_counts)
-    line = {"step": step, "val_loss": value, "val_bits_per_byte": value * bits,
-            "val_tokens": len(corpus.validation), **blocks}
+    line = {"step": step, "val_loss": value, "val_tokens": len(corpus.validation), **blocks}
+    said = f"validation loss {value:.3f} nats a masked token (unigram {unigram:.3f})"
+    if settings.model.objective == "clm":
+        line["val_bits_per_byte"] = value * bits
+        said = (f"validation loss {value:.3f} nats a token, {value * bits:.3f} bits a byte "
+                f"(unigram {unigram:.3f}, {unigram * bits:.3f})")
     metrics.add(line)
     watch.recall(line)
-    said = (f"validation loss {value:.3f} nats a token, {value * bits:.3f} bits a byte "
-            f"(unigram {unigram:.3f}, {unigram * bits:.3f})")
     return said, watch.activations(step, blocks["mean_square"])
 
 
@@ -278,7 +284,8 @@ def require_memory(settings, vocabulary):
     model, batch = settings.model, settings.training.at_once
     d, length, depth = model.width, model.length, model.depth
     numbers = 3 * (12 * d * d * depth + 2 * d * vocabulary)
-    numbers += depth * length**2 * (model.attn == "uspa")
+    dense = model.attn == "uspa" or model.objective == "mlm" and model.attn == "espa"
+    numbers += depth * length**2 * dense * len(set(model.gamma))
     numbers += batch * length * (vocabulary + d * depth)
     memory = available_memory()
     require(4 * numbers < memory, f"this needs {4 * numbers / 2**30:,.0f} GiB of memory at the "

@@ -167,7 +167,7 @@ def reachable(settings):
 
 
 def make_parser():
-    """One flag for each setting, in four groups, and for what to do and where."""
+    """One flag for each setting, in groups, and for what to do and where."""
     parser = Parser(prog="run.py", description="Trains a transformer without shortcuts on text.",
                     usage="run.py [--out DIR] [--preset NAME] [flags]", allow_abbrev=False)
     parser.add_argument("--help-all", action="help", help="all flags")

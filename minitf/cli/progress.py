@@ -44,7 +44,12 @@ def describe_skips(model):
     if model.identity_skip:
         c = identity_parts(model)[0]
         return f"a skip of {c.min():.2f} to {c.max():.2f} around attention"
-    return "no skips" if model.alpha == 0 else f"skips {model.alpha:.3g} + {model.beta:.3g}"
+    pairs = dict.fromkeys([(model.alpha, model.beta), (model.mlp_alpha, model.mlp_beta)])
+    said = ["no skips" if alpha == 0 else f"skips {alpha:.3g} + {beta:.3g}"
+            for alpha, beta in pairs]
+    if model.alpha == model.mlp_alpha == 0 or len(pairs) == 1:
+        return said[0]
+    return f"{said[0]} around attention, {said[1]} around MLPs"
 
 
 def describe_attention(model):

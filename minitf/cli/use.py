@@ -1,7 +1,7 @@
 """A run's corpus, and what one does with a trained model: draw text, measure a text's loss."""
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import chain, takewhile
 
 import numpy as np
@@ -51,16 +51,21 @@ def show_sample(model, prompt, sampling):
 
 
 def evaluate(folder, names, mesh=None, quantize=None):
-    """Prints the loss on a text, each token but the first predicted once.
+    """Prints the loss on a text, each token but the first predicted once, or of its masked tokens.
 
     names: as --data; None: the run's own validation text. quantize: as `bits_of`; a second line
-    then says what the loss comes to with so few bits, and the kurtosis of the activations.
+    then says what the loss comes to with so few bits, and the kurtosis of the activations. All is
+    then float32.
     """
     precisions = [None, bits_of(quantize)] if quantize else [None]
     saved = checkpoint.newest(folder)[0]
     config, encoding, size = saved.settings.model, saved.encoding, saved.settings.training.at_once
+    config = replace(config, dtype="float32") if quantize else config
     tokens = data.read_tokens(names, encoding, whole=True)[0] if names else \
         data.load(saved.settings.data, config.length, encoding).validation
+    if config.objective == "mlm":                                 # of whole windows
+        require(len(tokens) > config.length, f"the text must have more than {config.length} tokens")
+        tokens = tokens[:(len(tokens) - 1) // config.length * config.length + 1]
     lengths, nats, total, count = byte_lengths(encoding), np.zeros(len(precisions)), 0, \
         len(tokens) - 1
     with sharding.use(mesh, saved.settings):
@@ -71,14 +76,16 @@ def evaluate(folder, names, mesh=None, quantize=None):
                      for bits in precisions]
             total += lengths[span[1:]].sum()
         if quantize:
-            windows, _ = data.all_windows(tokens[:4 * size * config.length + 1], config.length)
+            windows = data.spread_windows(tokens, config.length, 4 * size) \
+                if count >= config.length else data.all_windows(tokens, config.length)[0]
             kurtosis = train.evaluate(params, constants, windows, config, size)[1]["kurtosis"]
     loss, *rounded = nats / count
-    print(f"{count:,} tokens, {total:,.0f} bytes: {loss:.4f} nats a token, "
-          f"{nats[0] / total / math.log(2):.4f} bits a byte, "
+    said = f"{loss:.4f} nats a masked token" if config.objective == "mlm" else \
+        f"{loss:.4f} nats a token, {nats[0] / total / math.log(2):.4f} bits a byte"
+    print(f"{count:,} tokens, {total:,.0f} bytes: {said}, "
           f"perplexity {math.exp(min(loss, 700)):.4g}")
     if quantize:
-        print(f"{quantize}: {rounded[0]:.4f} nats a token, {rounded[0] - loss:+.4f}; kurtosis of "
+        print(f"{quantize}: {rounded[0]:.4f} nats, {rounded[0] - loss:+.4f}; kurtosis of "
               f"activations: mean {np.mean(kurtosis):.3g}, largest {max(kurtosis):.3g}, behind "
               f"block {np.argmax(kurtosis) + 1}")
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from ..errors import require
 from ..theory.families import family
-from ..theory.kernels import branch_scale, network_activation
+from ..theory.kernels import INIT_SCALES, branch_scale, network_activation
 
 KEYS = ("query", "up", "down", "key", "value", "output", "head", "embed", "position")
 
@@ -38,7 +38,8 @@ def init(key: jax.Array, config, vocabulary: int) -> dict:
         if config.trained_weights and getattr(config, name):
             blocks[name] = jnp.full(depth, getattr(config, name))
     if config.qk_norm:
-        blocks["query_gain"] = blocks["key_gain"] = jnp.ones((depth, d // config.heads))
+        for name in ("query_gain", "key_gain"):
+            blocks[name] = jnp.ones((depth, d // config.heads))
     # Without norms the last layer's tokens are alike, and a random head gives all the same wrong
     # logits, to be unlearned first. With a final norm the customary random one learns faster.
     head = jax.random.normal(keys["head"], (d, vocabulary)) * d**-0.5
@@ -59,7 +60,8 @@ def path_sizes(config):
     """{group: root of the mean square singular value} of W^V W^O and of W_1 W_2 at the start."""
     linear = config.mlp_init == "looks_linear"
     mlp = 2 / network_activation(config).odd_slope() if linear else 1.0
-    return {"vo": branch_scale(config), "mlp": branch_scale(config) * mlp}
+    vo = INIT_SCALES.get(config.init, 1.0)**2
+    return {"vo": branch_scale(config) * vo, "mlp": branch_scale(config) * mlp}
 
 
 # What is trained of a norm, of one or (L, ...) of all blocks.
@@ -91,8 +93,7 @@ def orthogonal_matrices(key, depth, fan_in, fan_out):
 
 MATRIX_INITS = {
     "orthogonal": orthogonal_matrices, "gaussian": gaussian_matrices,
-    # c^2 times a rotation for W^V W^O, c = 3 (Ji et al. 2025, arXiv 2510.00345)
-    "orthogonal-3": lambda *shape: 3 * orthogonal_matrices(*shape)}
+    "orthogonal-3": lambda *shape: INIT_SCALES["orthogonal-3"] * orthogonal_matrices(*shape)}
 
 
 # --- Queries and keys: (key of W^Q, of W^K, depth, d, heads) -> W^Q, W^K (L, d, d) -----------
@@ -110,17 +111,17 @@ def near_identity(key, _, depth, d, heads):
             for each in pairs]
 
 
-def silent(_, key, depth, d, heads):
+def zero_query(_, key, depth, d, heads):
     """W^Q = 0: attention begins with what does not depend on the input."""
     return jnp.zeros((depth, d, d)), gaussian_matrices(key, depth, d, d)
 
 
-def random(key_query, key_key, depth, d, heads):
+def gaussian_query(key_query, key_key, depth, d, heads):
     """The standard transformer's."""
     return gaussian_matrices(key_query, depth, d, d), gaussian_matrices(key_key, depth, d, d)
 
 
-QUERY_INITS = {"zero": silent, "gaussian": random, "near-identity": near_identity}
+QUERY_INITS = {"zero": zero_query, "gaussian": gaussian_query, "near-identity": near_identity}
 
 # --- MLPs: (key of up, key of down, depth, d, phi^, scale) -> up (L, d, 4d), down (L, 4d, d) 
 

@@ -16,11 +16,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ..errors import require
 from ..theory.families import family
-from ..theory.kernels import network_activation
+from ..theory.kernels import MASKED, network_activation
 from .operations import REFERENCE, causal_mean, slice_positions, standardise
-
-MASKED = 0.15                                  # of the tokens, by --objective mlm; as BERT has it
-
 
 def forward(params: dict, constants: dict, tokens, config, ops=REFERENCE) -> jax.Array:
     """tokens (S,) or (B, S) of integers, S <= T -> logits (..., S, V), in config.dtype.
@@ -37,28 +34,36 @@ def forward(params: dict, constants: dict, tokens, config, ops=REFERENCE) -> jax
     return unembed(params, x[..., :tokens.shape[-1], :])
 
 
-def token_losses(params, constants, windows, config, ops=REFERENCE):
+def token_losses(params, constants, windows, config, ops=REFERENCE, draw=0):
     """Cross-entropy of each target in nats: windows (B, T + 1) of tokens -> (B, T), float32.
 
-    mlm: of each masked token, times T over how many there are, so that means are theirs; else 0.
+    objective mlm: of each masked token, times T over how many there are, so that a mean is theirs;
+    0 of the others. draw: an integer; of each, other tokens are masked.
     """
     tokens, targets = windows[:, :-1], windows[:, 1:]
     if config.objective == "mlm":
-        hidden, targets = masked(tokens), tokens
-        tokens = jnp.where(hidden, params["head"].shape[1], tokens)
+        hidden = masked(tokens, draw)                                     # (B, T)
+        losses = losses_of(jnp.where(hidden, params["head"].shape[1], tokens), tokens, params,
+                           constants, config, ops)
+        return losses * hidden / hidden.mean(1, keepdims=True)
+    return losses_of(tokens, targets, params, constants, config, ops)
+
+
+def losses_of(tokens, targets, params, constants, config, ops):
+    """Cross-entropy of targets (B, T) at the positions of tokens (B, T) -> (B, T)."""
     x = final_hidden(params, constants, tokens, config, ops)
     losses = ops.cross_entropy(x, params["head"].astype(x.dtype), targets.reshape(-1))
-    losses = losses.reshape(targets.shape)
-    return losses / hidden.mean(1, keepdims=True) * hidden if config.objective == "mlm" else losses
+    return losses.reshape(targets.shape)
 
 
-def masked(tokens):
-    """Which tokens (B, T) are masked: MASKED of each sequence, always the same ones of the same."""
+def masked(tokens, draw):
+    """Which of the tokens (B, T) are masked: MASKED of each sequence, drawn by what it is."""
     length = tokens.shape[1]
     odd = np.uint32(31) ** np.arange(length, dtype=np.uint32)
     keys = (tokens.astype(jnp.uint32) * odd).sum(1, dtype=jnp.uint32)             # a hash, (B,)
-    draw = lambda key: jax.random.permutation(jax.random.key(key), length)
-    return jax.vmap(draw)(keys) < max(round(MASKED * length), 1)
+    key = jax.random.key(draw)
+    order = lambda of: jax.random.permutation(jax.random.fold_in(key, of), length)
+    return jax.vmap(order)(keys) < max(round(MASKED * length), 1)
 
 
 def final_hidden(params, constants, tokens, config, ops):

@@ -21,8 +21,11 @@ def bits_of(name):
     return bits
 
 
-def quantised(ops, bits):
-    """Operations whose products are of rounded weights and activations, of so many bits each."""
+def few_bits(ops, bits):
+    """Operations whose products are of weights and activations of so many bits; None: as before.
+
+    For float32: bfloat16 has no room for the levels of 8 bits and a step.
+    """
     return ops._replace(project=partial(project, bits=bits)) if bits else ops
 
 

@@ -5,7 +5,7 @@ for NumPy and JAX alike. `config` is a ModelConfig. L = depth, H = heads, T = le
 """
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, lru_cache
 from typing import Callable
 
 import numpy as np
@@ -56,11 +56,17 @@ def prescribed(schedules, kernel, log_attention=None, matvec=None, bias=None, bi
         with np.errstate(divide="ignore"):
             return np.log(spa.non_negative(np.tril(attention)))
 
+    @lru_cache(maxsize=80)                             # of a network, each is asked for four times
     def from_both_sides(before, after, length):
         attention = spa.symmetric_attention(kernel(before, length), kernel(after, length))
         return np.log(np.maximum(attention, 1e-14))    # what rounding made 0 can be attended to
 
-    both_sides = made_of(schedules, from_both_sides)
+    def distinct(config):
+        """The schedules, or one where all heads have the same: B is T x T numbers of each."""
+        each = schedules(config)
+        return each[:1] if all(np.array_equal(each[0], other) for other in each) else each
+
+    both_sides = made_of(distinct, from_both_sides)
     return replace(made_of(schedules, log_attention or by_definition, matvec, bias,
                            bias_names, bias_rows or own_rows), both_sides=both_sides)
 
@@ -102,13 +108,6 @@ def made_of(schedules, log_attention, matvec=None, bias=None, bias_names=("bias"
     return Family(stacked_bias, bias_rows, row_sums, kernel_maps, by_head)
 
 
-def weighted(*names):
-    """A `mix`: values, what is attended to and the mean, each times the parameter of that name."""
-    def mix(weights, *parts):
-        return sum(weights[name][:, None] * part for name, part in zip(names, parts))
-    return mix
-
-
 def unchanged(config):
     """The kernel_maps of an attention that is the identity at the start."""
     return [lambda sigma: sigma] * config.depth
@@ -120,13 +119,16 @@ FAMILIES = {
     "vskip": Family(
         kernel_maps=unchanged,
         parameters={"vskip_alpha": 1.0, "vskip_beta": 0.0},
-        mix=weighted("vskip_alpha", "vskip_beta")),
+        mix=lambda weights, values, attended, mean: (weights["vskip_alpha"][:, None] * values
+                                                     + weights["vskip_beta"][:, None] * attended)),
     # Shaped attention (He and Hofmann 2023, arXiv 2311.01906, after Noci et al. 2023): alpha I +
-    # beta A(X) + gamma C, C the mean over all positions so far, which A(X) is while W^Q = 0.
+    # beta A(X) - gamma C, C the mean over all positions so far, which A(X) is while W^Q = 0.
     "shaped": Family(
         kernel_maps=unchanged,
-        parameters={"shaped_alpha": 1.0, "shaped_beta": 1.0, "shaped_gamma": -1.0},
-        mix=weighted("shaped_alpha", "shaped_beta", "shaped_gamma"),
+        parameters={"shaped_alpha": 1.0, "shaped_beta": 1.0, "shaped_gamma": 1.0},
+        mix=lambda weights, values, attended, mean: (
+            weights["shaped_alpha"][:, None] * values + weights["shaped_beta"][:, None] * attended
+            - weights["shaped_gamma"][:, None] * mean),
         centred=True),
     "uspa": prescribed(
         lambda config: [spa.uniform_schedule(config.rho, config.depth, config.rho_first)],

@@ -12,6 +12,8 @@ from ..errors import require
 from . import activations, spa
 from .families import family, identity_parts
 
+NOT_NORMS = "dyt", "derf"  # which stand in the place of a norm
+MASKED = 0.15              # of the tokens, by objective mlm, as in BERT
 EXACT_LENGTH = 1024        # positions over which the recursion, O(T^2) or more a layer, is run
 
 
@@ -61,7 +63,10 @@ def input_kernel(config, length: int, equal: np.ndarray | None = None) -> np.nda
 
     Learned positions, independent at the start, are half of what the first block is given.
     """
-    tokens = spa.uniform_kernel(config.token_collision_rate, length) if equal is None else equal
+    rate = config.token_collision_rate
+    if config.objective == "mlm":                      # masked ones are all alike
+        rate = (1 - MASKED)**2 * rate + MASKED**2
+    tokens = spa.uniform_kernel(rate, length) if equal is None else equal
     return (tokens + np.eye(length)) / 2 if config.position == "learned" else tokens + 0.0
 
 
@@ -72,16 +77,21 @@ def predict_kernels(config, kernel: np.ndarray, n: np.ndarray | None = None) -> 
     sublayers in parallel, and of what only stands in the place of a norm.
     """
     kernel_maps = family(config).kernel_maps
-    if kernel_maps is None or config.parallel or config.norm in ("dyt", "derf"):
+    if kernel_maps is None or config.parallel or config.norm in NOT_NORMS:
         return []
     if n is None and config.row_scale == "row-sum":
         n = np.ones((config.depth, len(kernel)))
     phi, linear = network_activation(config), config.mlp_init == "looks_linear"
     correlation_map = (lambda c: c) if linear else phi.correlation_map
-    scale = branch_scale(config)
-    of_mlp = config.mlp_alpha, config.mlp_beta * scale * (1 if linear else phi.mean_square()**0.5)
-    return list(kernel_recursion(kernel_maps(config), kernel, correlation_map, config.alpha,
-                                 config.beta * scale, config.norm != "none", n, of_mlp))
+    branch = branch_scale(config)
+    of_mlp = config.mlp_alpha, config.mlp_beta * branch * (1 if linear else phi.mean_square()**0.5)
+    beta = config.beta * branch * INIT_SCALES.get(config.init, 1.0)**2
+    return list(kernel_recursion(kernel_maps(config), kernel, correlation_map, config.alpha, beta,
+                                 config.norm != "none", n, of_mlp))
+
+
+# Of W^V and of W^O, where it is not 1 (Ji et al. 2025, arXiv 2510.00345).
+INIT_SCALES = {"orthogonal-3": 3.0}
 
 
 def branch_scale(config):

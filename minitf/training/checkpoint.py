@@ -38,7 +38,7 @@ from .encoding import pack_encoding, unpack_encoding, vocabulary
 from .optimizer import make_optimizer
 from .train import named_leaves
 
-FORMAT, KEPT = 4, 2                       # of the meta data; how many checkpoints a run keeps
+FORMAT, KEPT = 5, 2                       # of the meta data; how many checkpoints a run keeps
 # What some file systems answer that have no locks, or cannot sync a folder: NFS, Lustre, CIFS.
 UNABLE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF, errno.EINVAL)
 

@@ -61,7 +61,6 @@ def group_rates(training, model):
                     pull=training.orthogonal_pull, rate=training.lr_mult_path, size=size))
                 for group, size in path_sizes(model).items()
                 if group in training.pull_groups.split(",")
-                and not (group == "vo" and model.identity_values)
                 and (training.orthogonal_pull > 0 or training.lr_mult_path != 1)}}
 
 
@@ -192,6 +191,8 @@ def for_each_parameter(update):
 
 
 def by_name(function, tree, *others):
-    """function(a parameter's name, leaf, ...) for each leaf."""
-    return jax.tree_util.tree_map_with_path(lambda path, *leaves: function(path[-1].key, *leaves),
-                                            tree, *others)
+    """function(a parameter's name, leaf, ...) for each leaf; a gain has the name of its norm."""
+    def of_leaf(path, *leaves):
+        *outer, name = (key.key for key in path)
+        return function(outer[-1] if name == "gain" else name, *leaves)
+    return jax.tree_util.tree_map_with_path(of_leaf, tree, *others)

@@ -7,26 +7,27 @@ import numpy as np
 import optax
 
 from ..network import fast, model
-from ..network.quantize import quantised
+from ..network.quantize import few_bits
 from ..network.operations import REFERENCE
 from . import sharding
 from .optimizer import make_optimizer
 
 
-def token_losses(params, constants, batch, config, ops):
+def token_losses(params, constants, batch, config, ops, draw=0):
     """model.token_losses, on the mesh in use if there is one."""
     outer = sharding.whole({name: part for name, part in params.items() if name != "blocks"})
-    return model.token_losses(params | outer, constants, batch, config, sharding.distribute(ops))
+    return model.token_losses(params | outer, constants, batch, config, sharding.distribute(ops),
+                              draw)
 
 
-def loss(params, constants, batch, config):
-    """Mean cross-entropy in nats per token; batch (B, T + 1) of tokens."""
-    return token_losses(params, constants, batch, config, fast.operations(config)).mean()
+def loss(params, constants, batch, config, draw=0):
+    """Mean cross-entropy in nats per token; batch (B, T + 1) of tokens. draw: of masked ones."""
+    return token_losses(params, constants, batch, config, fast.operations(config), draw).mean()
 
 
-def loss_and_gradient(params, constants, batch, config, parts):
+def loss_and_gradient(params, constants, batch, config, parts, draw=0):
     """(loss, its gradient), of `parts` equal parts of the batch, one after the other."""
-    of_part = lambda part: jax.value_and_grad(loss)(params, constants, part, config)
+    of_part = lambda part: jax.value_and_grad(loss)(params, constants, part, config, draw)
     if parts == 1:
         return of_part(batch)
     # Part i has every row i, i + parts, ...: on several devices, some of each one's.
@@ -38,7 +39,7 @@ def loss_and_gradient(params, constants, batch, config, parts):
 
 @partial(jax.jit, static_argnames=("config", "optimizer", "parts"), donate_argnums=(0, 1))
 def train_step(params, opt_state, constants, rates, learning_rate, batch, config, optimizer,
-               parts=1):
+               parts=1, draw=0):
     """One update: (params, opt_state, metrics). Old buffers are given up.
 
     Args:
@@ -47,10 +48,11 @@ def train_step(params, opt_state, constants, rates, learning_rate, batch, config
       batch: (B, T + 1) of tokens.
       config, optimizer: a ModelConfig and an optimizer's name; static, as nothing else is but
       parts: in how many parts the batch is computed, which must divide B.
+      draw: a number, with which other tokens are masked (objective mlm).
     Returns metrics {"loss", "grad_norm", "grad_norms"}: the loss before the update, the gradient's
       norm before clipping, and that of each parameter, in their tree; (L,), those of the blocks.
     """
-    value, gradient = loss_and_gradient(params, constants, batch, config, parts)
+    value, gradient = loss_and_gradient(params, constants, batch, config, parts, draw)
     gradient = sharding.constrain(gradient)
     updates, opt_state = make_optimizer(optimizer, config.dtype).update(
         gradient, opt_state, params, rates=rates, learning_rate=learning_rate)
@@ -74,8 +76,8 @@ def evaluation(config, **others):
 
 @partial(jax.jit, static_argnames=("config", "bits"))
 def evaluate_tokens(params, constants, batch, config, bits=None):
-    """Cross-entropy in nats of each target: batch (B, T + 1) -> (B, T). bits: of `quantised`."""
-    ops = quantised(evaluation(config), bits)
+    """Cross-entropy in nats of each target: batch (B, T + 1) -> (B, T). bits: as `few_bits`."""
+    ops = few_bits(evaluation(config), bits)
     return sharding.whole(token_losses(params, constants, batch, config, ops))
 
 
