@@ -26,7 +26,7 @@ PRESETS = {
         init="orthogonal", mlp_init="looks_linear", head_init="zero",
         optimizer="muon", lr_mult_path=0.1, orthogonal_pull=0.2, weight_decay=0.1,
         rates=dict(muon=Rates(6e-4, 64.0, 16.0, 8.0, "qk,vo"),
-                   adamw=Rates(1.5e-4, 256.0, 16.0, 0.5)),
+                   adamw=Rates(1.5e-4, 256.0, 16.0, 0.5)),    # at width 256 unstable: results.md
         rate_power=0.5),
     # He et al. (ICLR 2023). Not known to us: their positions, head, schedule, batch, width, weight
     # decay and rates. 16 for embeddings and head is the best of a few multiples that we tried.

@@ -266,3 +266,28 @@ def test_kurtosis_counts_outlier_features():
     alone = train.evaluate(params | {"blocks": params["blocks"] | {"down": down}}, {}, windows,
                            config, 4)[1]
     assert np.allclose(alone["kurtosis"], D, rtol=1e-4) and alone["mean_square"][0] > 0.01
+
+
+def test_rounding_errors_add_up_over_all_products_without_skips():
+    """Each product adds the relative squares of its two roundings, step^2 / 12 of step = max / levels.
+
+    So 4 L of them in a chain, here within 1.5 times (a head's own token is not all that V and O
+    see); beside skips branches are a small part of what passes, and so is their error.
+    """
+    def noise(preset, bits):
+        config = resolve(preset, depth=12, token_collision_rate=0.01).model
+        params = jax.jit(starts.init, static_argnums=(1, 2))(jax.random.key(0), config, V)
+        tokens, constants = random_tokens(0, 4, 64), attention_constants(config)
+        exact, rounded = (model.final_hidden(params, constants, tokens, config, ops)
+                          for ops in (REFERENCE, quantize.few_bits(REFERENCE, bits)))
+        return np.square(rounded - exact).mean() / np.square(exact).mean()
+
+    def relative_error(bits, count):
+        largest = np.abs(np.random.default_rng(0).standard_normal((200, count))).max(1)
+        return np.square(largest / (2**(bits - 1) - 1)).mean() / 12
+
+    for bits in ((8, 8), (6, 6)):
+        predicted = 12 * sum(relative_error(each, count) for count in (64, 64, 64, 256)
+                             for each in bits)
+        assert predicted / 1.5 < noise("isometric", bits) < 1.5 * predicted
+    assert noise("preln", (8, 8)) < noise("isometric", (8, 8)) / 20

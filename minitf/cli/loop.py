@@ -163,14 +163,19 @@ def run_steps(state, corpus, constants, out, log_to):
                 save(out, metrics, state, watch.best)
                 saved_at = time.monotonic()
             if stopping and done < how.steps:
-                say_last(progress, f"stopped and saved after step {done} of {how.steps}; to go on: "
-                         f"python run.py --resume {shlex.quote(str(out))}")
-                sys.exit(128 + (stop or [signal.SIGTERM])[0])
+                leave(progress, done, how.steps, out, stop)
             if saving:
                 progress.rest()
     print(f"\n{said}, after {how.steps} steps, {time.perf_counter() - started:.0f} s; {out}")
     if model.objective == "clm":
         show_beginning(checkpoints.Model(model, params, constants, encoding), corpus)
+
+
+def leave(progress, done, steps, out, stop):
+    """Ends a run that was told to stop, by the first of the signals if this process had one."""
+    say_last(progress, f"stopped and saved after step {done} of {steps}; to go on: "
+             f"python run.py --resume {shlex.quote(str(out))}")
+    sys.exit(128 + (stop or [signal.SIGTERM])[0])
 
 
 def show_beginning(trained, corpus):

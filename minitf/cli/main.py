@@ -205,6 +205,16 @@ def make_parser():
                         "where the first is; auto: as Slurm, Kubernetes or a TPU pod say")
     for name, text in ("process-id", "which one this is, from 0"), ("processes", "how many"):
         parser.add_argument("--" + name, type=int, metavar="N", help=text)
+    add_settings(parser)
+    if "--help-all" not in sys.argv:
+        for action in parser._actions:
+            if action.option_strings[-1].strip("-") not in COMMON:
+                action.help = argparse.SUPPRESS
+    return parser
+
+
+def add_settings(parser):
+    """A flag for each field of config.py, by group."""
     groups = {name: parser.add_argument_group(name) for name in SECTIONS}
     groups["method"].add_argument("--preset", default=argparse.SUPPRESS, metavar="|".join(PRESETS),
                                   help="a whole network with its rates (default: isometric)")
@@ -213,11 +223,6 @@ def make_parser():
         groups[each.metadata["group"]].add_argument(
             "--" + each.name.replace("_", "-"), default=argparse.SUPPRESS,
             help=each.metadata["text"].replace("%", "%%"), **how_to_parse(each))
-    if "--help-all" not in sys.argv:
-        for action in parser._actions:
-            if action.option_strings[-1].strip("-") not in COMMON:
-                action.help = argparse.SUPPRESS
-    return parser
 
 
 def how_to_parse(each):
