@@ -14,7 +14,7 @@ import pytest
 from minitf import resolve
 from minitf.cli import loop
 from minitf.cli.main import main, prepare_streams
-from minitf.training import checkpoint
+from minitf.training import checkpoint, encoding as encodings
 
 TINY = "--preset preln --depth 2 --width 8 --heads 2 --length 8 --batch 2 --steps 3".split()
 
@@ -182,3 +182,32 @@ def test_a_run_that_goes_on_elsewhere_says_so(tmp_path, capsys):
     path.write_text(path.read_text().replace('"cores": ', '"cores": 1'))
     loop.note_machine(tmp_path, settings)
     assert "not to the last bit" in capsys.readouterr().out
+
+
+def test_links_are_followed_and_what_they_lead_to_counts_once(tmp_path):
+    """A linked folder is read; loops end; hidden files, dangling links and second ways are none."""
+    inside, elsewhere = tmp_path / "inside", tmp_path / "elsewhere"
+    (inside / "deep").mkdir(parents=True)
+    elsewhere.mkdir()
+    for path in (inside / "a", inside / "deep" / "b", elsewhere / "c", inside / ".hidden"):
+        path.write_text(path.name)
+    (inside / "loop").symlink_to(inside)
+    (inside / "deep" / "up").symlink_to(tmp_path)
+    (inside / "linked").symlink_to(elsewhere)
+    (inside / "again").symlink_to(elsewhere)
+    (inside / "same").symlink_to(inside / "a")
+    (inside / "dangling").symlink_to(tmp_path / "nothing")
+    for name in (inside, inside / "**"):
+        found = encodings.find_files([str(name)])
+        read = sorted(path.read_text() for path in found)
+        assert read == ["a", "b", "c"], found
+    assert encodings.find_files([str(inside / "a"), str(inside / "same")]) == [
+        inside / "a", inside / "same"]                              # what is named is meant
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_that_cannot_be_read_is_not_left_out_in_silence(tmp_path):
+    (tmp_path / "a").write_text("a")
+    (tmp_path / "closed").mkdir(mode=0)
+    with pytest.raises(OSError):
+        encodings.find_files([str(tmp_path)])

@@ -2,6 +2,8 @@
 import base64
 import binascii
 import glob
+import os
+import re
 from functools import partial
 from pathlib import Path
 
@@ -18,20 +20,64 @@ END = "<|endoftext|>"                                 # what ends a document
 # --- Text --------------------------------------------------------------------------------
 
 def find_files(names):
-    """Files, folders (all in them but hidden files) and globs -> paths, sorted within each."""
+    """Files, folders (all in them but hidden files) and globs -> paths, sorted within each.
+
+    Links are followed; what several lead to in a folder or glob counts once.
+    """
     paths = []
     for name in filter(None, names):
         path = Path(name)
         if path.is_dir():
-            hidden = lambda p: any(part.startswith(".") for part in p.relative_to(path).parts)
-            found = [p for p in sorted(path.rglob("*")) if p.is_file() and not hidden(p)]
+            found = once(sorted(files_in(path)))
         else:
-            found = [path] if path.exists() else sorted(map(Path, glob.glob(name, recursive=True)))
+            found = [path] if path.exists() else \
+                once(sorted(each for each in map(Path, matches(name))
+                            if each.exists() and not each.is_dir()))
         require(found,
                 f"no text found at {name}: it must name a file, a folder with files or a glob")
         paths += found
     require(paths, "data must name at least one file, folder or glob")
     return paths
+
+
+def walk(folder):
+    """(a folder, the names in it that are no folders') of it and all in it but hidden ones, once.
+
+    OSError where one cannot be read.
+    """
+    def fail(error):
+        raise error
+
+    seen = {os.path.realpath(folder)}
+    for here, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        places = {name: os.path.realpath(os.path.join(here, name)) for name in folders}
+        folders[:] = [name for name in sorted(folders)
+                      if not (name.startswith(".") or places[name] in seen)]
+        seen.update(places[name] for name in folders)
+        yield here, names
+
+
+def files_in(folder):
+    """The paths of all files in a folder and those in it, but hidden ones."""
+    paths = (Path(here) / name for here, names in walk(folder) for name in names)
+    return (path for path in paths if path.is_file() and not path.name.startswith("."))
+
+
+def matches(pattern):
+    """What a glob stands for; ** is any folders. The standard library's goes around loops."""
+    before, *after = re.split(r"(?:^|(?<=/))\*\*(?:/|$)", pattern, maxsplit=1)
+    if not after:
+        return glob.glob(pattern)
+    return [match for top in glob.glob(before or ".") for here, _ in walk(top)
+            for match in matches(os.path.join(glob.escape(here), after[0] or "*"))]
+
+
+def once(paths):
+    """The paths without those that lead to the same place as an earlier one."""
+    first = {}
+    for path in paths:
+        first.setdefault(os.path.realpath(path), path)
+    return list(first.values())
 
 
 def read_text(path):
