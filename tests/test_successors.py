@@ -279,7 +279,7 @@ def test_kurtosis_counts_outlier_features():
 
 
 def test_rounding_errors_add_up_over_all_products_without_skips():
-    """Each product adds the squares of its two relative roundings, step^2 / 12, step = max / levels.
+    """Each product adds the squares of its two relative roundings, (max / levels)^2 / 12.
 
     So 4 L of them in a chain, here within 1.5 times (a head's own token is not all that V and O
     see); beside skips branches are a small part of what passes, and so is their error.
