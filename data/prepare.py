@@ -39,12 +39,14 @@ import numpy as np
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
+from minitf.cli import host                                             # noqa: E402
 from minitf.cli.progress import clock                                      # noqa: E402
 from minitf.errors import Parser, require                                  # noqa: E402
 from minitf.training import checkpoint, data, encoding as encodings        # noqa: E402
 from minitf.training.encoding import END                                   # noqa: E402
 
 PIECE = 2**20    # bytes of text that tiktoken gets at once: the longer a word, the slower each byte
+OWN, OF_EACH = 2**29, 2**28    # bytes of memory, about, of this process and of each other one
 LINE = 2**26     # bytes of a line of JSON, which must be in memory as a whole
 BLOCK = 2**21    # tokens, or documents, in memory at once while duplicates are dropped
 JSON_LINES = (".json", ".jsonl", ".ndjson")
@@ -72,8 +74,9 @@ def main(arguments=None):
                         help="where JSON lines and Parquet have the text (default: text)")
     parser.add_argument("--skip-damaged", action="store_true",
                         help="go on after a file that is not whole, with what is before that")
-    parser.add_argument("--processes", type=int, default=cores(), metavar="N",
-                        help="default: one a core")
+    most = min(host.cores(), (host.memory() - OWN) // OF_EACH)
+    parser.add_argument("--processes", type=int, default=max(int(most), 1), metavar="N",
+                        help="default: one a core, as far as memory allows")
     flags = parser.parse_args(arguments)
     try:
         prepare(**vars(flags))
@@ -88,11 +91,6 @@ def main(arguments=None):
         parser.error("out of memory: fewer --processes need less")
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-
-
-def cores():
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def prepare(files, out, encoding, suffix="", validation_share=0.01, processes=1, text_key="text",
@@ -121,6 +119,7 @@ def prepare(files, out, encoding, suffix="", validation_share=0.01, processes=1,
         manifest |= {"skipped": skipped, "validation_share": validation_share, "sources": [
             {"name": name, "files": len(paths), "bytes": size}
             for (name, _, paths), size in zip(sources, sizes)]}
+        manifest["sha256"] = data.checksum_of(manifest)
         checkpoint.write(beside / "manifest.json",
                          lambda file: file.write(json.dumps(manifest, indent=1).encode()))
         (beside / "lock").unlink()

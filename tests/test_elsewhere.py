@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from minitf import resolve
-from minitf.cli import loop
+from minitf.cli import host, loop
 from minitf.cli.main import main, prepare_streams
 from minitf.training import checkpoint, encoding as encodings
 
@@ -176,12 +176,25 @@ def test_a_run_that_goes_on_elsewhere_says_so(tmp_path, capsys):
     settings, path = resolve(), tmp_path / "config.json"
     for before in ("{}", "[]", "no JSON"):
         path.write_text(before)
-        loop.note_machine(tmp_path, settings)
-    loop.note_machine(tmp_path, settings)
+        host.note_machine(tmp_path, settings)
+    host.note_machine(tmp_path, settings)
     assert capsys.readouterr().out == ""
     path.write_text(path.read_text().replace('"cores": ', '"cores": 1'))
-    loop.note_machine(tmp_path, settings)
+    host.note_machine(tmp_path, settings)
     assert "not to the last bit" in capsys.readouterr().out
+
+
+def test_a_containers_limits_are_its_memory_and_cores(tmp_path, monkeypatch):
+    """Half a core is one; "max" is no limit."""
+    free = host.memory(), host.cores()
+    monkeypatch.setattr(host, "CGROUP", tmp_path)
+    for said, cores in (("50000 100000", 1), ("max 100000", free[1]), ("", free[1])):
+        (tmp_path / "cpu.max").write_text(said)
+        assert host.cores() == cores
+    (tmp_path / "memory.max").write_text("12345\n")
+    assert host.memory() == 12345
+    (tmp_path / "memory.max").write_text("max\n")
+    assert host.memory() >= free[0]
 
 
 def test_links_are_followed_and_what_they_lead_to_counts_once(tmp_path):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from minitf import resolve
-from minitf.cli import loop, main as commands
+from minitf.cli import host, loop, main as commands
 from minitf.cli.main import main
 from minitf.config import FIELDS, DataConfig, Sampling
 from minitf.network.init import init
@@ -70,7 +70,7 @@ def test_command_lines(capsys, monkeypatch):
     accepted = []
 
     def all_but_training(settings, *_):
-        loop.require_memory(settings, 1024)
+        host.require_memory(settings, 1024)
         settings = resolve(settings.preset, 0.012, **settings.flags)     # as loop.train does
         model = settings.model
         if model.depth * model.length**2 < 10**6:

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_hostile import CASES, mutated
 
 import minitf
 from minitf.cli.main import main
@@ -422,6 +423,29 @@ def test_of_many_files_some_are_set_aside_whole(tmp_path):
     text = str(data.TEXT)
     few = data.load(DataConfig(data=f"{text},{tmp_path / 'a' / '3'}", val_data=None, encoding=None), 1)
     assert few.held_out == "the last tenth"
+
+
+def test_folders_of_damaged_bytes(prepared, tmp_path):
+    """Any bytes of any file changed: refused in one line, or the same tokens, counts, encoding."""
+    draw, refused = random.Random(3), 0
+    parts = "_mergeable_ranks", "_pat_str", "_special_tokens"
+    expected = data.read_tokens(str(prepared))
+    for path in prepared.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    for _ in range(CASES):
+        path = draw.choice(sorted(prepared.iterdir()))
+        (tmp_path / path.name).write_bytes(mutated(path.read_bytes(), draw))
+        try:
+            tokens, end, counts, encoding, *_ = data.read_tokens(str(tmp_path))
+        except ValueError as error:
+            assert "\n" not in str(error)
+            refused += 1
+        else:
+            assert np.array_equal(tokens, expected[0]) and end == expected[1], path
+            assert np.array_equal(counts, expected[2]), path
+            assert all(getattr(encoding, part) == getattr(expected[3], part) for part in parts), path
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    print(f"\ncorpora: {refused} of {CASES} refused, the others are the same")
 
 
 @pytest.mark.parametrize("damage", ["cut", "longer", "swapped", "gone", "tables", "manifest",

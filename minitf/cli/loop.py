@@ -1,20 +1,11 @@
 """The loop: a run from its first step to its last, and one that is taken up again."""
-import atexit
-import ctypes
-import json
 import math
-import os
 import shlex
-import shutil
 import signal
 import sys
-import tempfile
-import threading
 import time
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from functools import partial
-from pathlib import Path
 
 import jax
 
@@ -24,7 +15,7 @@ from ..network.init import init
 from ..theory.kernels import attention_constants
 from ..training import checkpoint as checkpoints
 from ..training import data, encoding as encodings, optimizer, sharding, train as training
-from . import curves
+from . import curves, host
 from .metrics import Metrics
 from .progress import Progress, describe
 from .use import read_corpus, show_sample
@@ -42,13 +33,13 @@ def train(settings, out, mesh, trained=None, log_to=None):
     trained: a Checkpoint, with whose weights and encoding it begins. log_to: of TRACKERS.
     """
     if sharding.first():
-        require_new(out)
+        host.require_new(out)
     corpus, settings = read_corpus(settings, trained and trained.encoding)
     several = jax.process_count() > 1
     digest = checkpoints.digest(trained.params) if trained and several else None
     sharding.require_same("flags and data", f"{settings} {corpus.digest} {digest}")
     model, vocabulary = settings.model, encodings.vocabulary(corpus.encoding)
-    require_memory(settings, vocabulary)
+    host.require_memory(settings, vocabulary)
     constants = attention_constants(model)                        # refuses before there is a folder
     key = jax.random.key(settings.training.seed)
     with sharding.use(mesh, settings):
@@ -56,7 +47,8 @@ def train(settings, out, mesh, trained=None, log_to=None):
             sharding.make(partial(init, config=model, vocabulary=vocabulary), key)
         optimize = optimizer.make_optimizer(settings.training.optimizer)
         opt_state = sharding.make(optimize.init, params)
-        out = make_folder(out, f"{settings.preset}-{model.attn}") if sharding.first() else aside()
+        name = f"{settings.preset}-{model.attn}"
+        out = host.make_folder(out, name) if sharding.first() else host.aside()
         lock = checkpoints.lock(out)                              # held until the process ends
         require(not checkpoints.checkpoints(out), f"{out} was just taken by another run")
         checkpoints.rewind(out / "metrics.jsonl", 0)              # of a run that never began
@@ -79,7 +71,7 @@ def resume(folder, flags, mesh, log_to=None):
     """Goes on with the run in a folder from its newest usable checkpoint, as if never stopped."""
     require(folder.is_dir(), f"{folder} is not a folder")
     require(checkpoints.checkpoints(folder), f"{folder} has no checkpoint")
-    out = folder if sharding.first() else aside()
+    out = folder if sharding.first() else host.aside()
     lock = checkpoints.lock(out)
     state, unusable = checkpoints.newest(folder)
     sharding.require_same("the newest checkpoint", f"{state.step} {state.settings}")
@@ -121,15 +113,15 @@ def changes(settings, flags):
 
 def run_steps(state, corpus, constants, out, log_to):
     """Trains from a Checkpoint to the last step: checkpoints and metrics.jsonl in `out`."""
-    keep_freed_memory()
+    host.keep_freed_memory()
     start, settings, encoding, digest, params, opt_state = state
     model, how = settings.model, settings.training
     started, read = time.perf_counter(), partial(data.batch, corpus.train, model.length, how.batch)
     constants, rates = sharding.place((constants, optimizer.group_rates(how, model)))
-    note_machine(out, settings)
+    host.note_machine(out, settings)
     describe(settings, params, corpus, out)
     metrics = Metrics(out, settings, log_to if sharding.first() else None)
-    with metrics, Progress(how, model.length) as progress, stop_signals() as stop:
+    with metrics, Progress(how, model.length) as progress, host.stop_signals() as stop:
         if not start:
             save(out, metrics, state)
         watch = begin_watch(settings, params, constants, corpus, start, out, metrics)
@@ -183,19 +175,6 @@ def show_beginning(trained, corpus):
     print("\nA sample, from a beginning in the validation text:\n")
     prompt = corpus.validation[:min(16, trained.config.length // 2)].tolist()
     show_sample(trained, prompt, Sampling())
-
-
-def note_machine(out, settings):
-    """config.json; and a note where the run began on another machine."""
-    path, cores = out / "config.json", getattr(os, "sched_getaffinity", lambda _: ())(0)
-    machine = dict(device=jax.devices()[0].device_kind, devices=jax.device_count(),
-                   cores=len(cores) or os.cpu_count(), jax=jax.__version__)
-    with suppress(OSError, ValueError, AttributeError):
-        before = json.loads(path.read_text()).get("machine", machine)
-        if before != machine:
-            print(f"note: this run began with {before}, now {machine}: it goes on the same to "
-                  "rounding, not to the last bit")
-    path.write_text(json.dumps(asdict(settings) | {"machine": machine}, indent=1) + "\n")
 
 
 def begin_watch(settings, params, constants, corpus, start, out, metrics):
@@ -273,108 +252,7 @@ def save(out, metrics, state, best=None):
         curves.renew(out)
 
 
-# --- What surrounds a run -----------------------------------------------------------------
-
 def refuse_others(flags, names, why):
     """ValueError, by name, if any flag is given that is not one of the names."""
     others = ", ".join("--" + name.replace("_", "-") for name in flags if name not in names)
     require(not others, f"{others} {why}")
-
-
-def require_memory(settings, vocabulary):
-    """ValueError if what a step needs at the least exceeds the machine's memory.
-
-    Parameters and their moments, dense biases, a batch's logits and activations.
-    """
-    model, batch = settings.model, settings.training.at_once
-    d, length, depth = model.width, model.length, model.depth
-    numbers = 3 * (12 * d * d * depth + 2 * d * vocabulary)
-    dense = model.attn == "uspa" or model.objective == "mlm" and model.attn == "espa"
-    numbers += depth * length**2 * dense * len(set(model.gamma))
-    numbers += batch * length * (vocabulary + d * depth)
-    memory = available_memory()
-    require(4 * numbers < memory, f"this needs {4 * numbers / 2**30:,.0f} GiB of memory at the "
-            f"least, there are {memory / 2**30:.0f}: a smaller depth, width, length or batch is "
-            "needed")
-
-
-def available_memory():
-    """Bytes of all devices used, or of this machine or container; infinite where not known."""
-    limits = [math.inf]
-    with suppress(AttributeError, OSError, ValueError):           # Windows has no sysconf
-        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    with suppress(OSError, ValueError):                           # "max"
-        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    device = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    return device * jax.device_count() if device else min(limits)
-
-
-def require_new(out):
-    """ValueError if the folder is there already with more in it than a run that never began."""
-    leftover = {"lock", "config.json", "metrics.jsonl"}
-    new = out is None or not out.exists() or out.is_dir() and all(
-        path.name in leftover or path.suffix == ".part" for path in out.iterdir())
-    require(new, f"{out} exists and is not an empty folder: a run never overwrites another")
-
-
-def make_folder(out, name):
-    """Creates `out`, or the next free folder runs/NAME-N; ValueError where that is not possible."""
-    try:
-        if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            return out
-        Path("runs").mkdir(exist_ok=True)
-        for number in range(1, 10**6):
-            with suppress(FileExistsError):
-                out = Path("runs") / f"{name}-{number}"
-                out.mkdir()
-                return out
-    except OSError as error:
-        raise ValueError(f"cannot create {error.filename}: {error.strerror}") from None
-
-
-def aside():
-    """A folder for what only the first of several processes writes where it is to be."""
-    folder = tempfile.mkdtemp(prefix="minitf-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)
-
-
-def keep_freed_memory():
-    """With glibc: a step's arrays are made in the memory of the last step's.
-
-    Not in pages that the system takes back, clears and maps again, which costs a CPU up to a fifth
-    of a step.
-    """
-    with suppress(OSError, AttributeError, TypeError):            # as on Windows
-        for parameter in (-3, -1):                                # M_MMAP_THRESHOLD, M_TRIM_...
-            ctypes.CDLL(None).mallopt(parameter, 2**31 - 1)
-
-
-@contextmanager
-def stop_signals():
-    """A list that gains the first signal to stop; a second one does what it always does.
-
-    Outside of the main thread none is received.
-    """
-    received, before = [], {}
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-
-    def restore():
-        for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
-
-    def receive(number, _):
-        received.append(number)
-        restore()
-
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):       # a closed terminal, Slurm
-        number = getattr(signal, name, None)
-        if number and signal.getsignal(number) != signal.SIG_IGN:
-            before[number] = signal.signal(number, receive)
-    try:
-        yield received
-    finally:
-        restore()

@@ -15,7 +15,7 @@ import tiktoken
 from ..errors import require
 from .encoding import dtype, encode_files, find_files, load_encoding, read_text, unpack_encoding
 
-PREPARED = 1                                          # the format that data/prepare.py writes
+PREPARED = 2                                          # the format that data/prepare.py writes
 MANY = 20                                             # files: some of them are set aside whole
 LAST = "the last tenth"
 CHECKED = 2**32                                       # bytes of tokens, checked before a start
@@ -129,11 +129,19 @@ def read_manifest(folder):
         return None
 
 
+def checksum_of(manifest):
+    """SHA-256 of all that a manifest says but this."""
+    said = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
 def read_prepared(folder, manifest, encoding):
     """As read_tokens; the tokens stay on disk. A given encoding must be the folder's."""
     try:
         require(manifest["minitf"] == PREPARED,
                 f"its format is {manifest['minitf']!r}, known is {PREPARED}")
+        require(manifest["sha256"] == checksum_of(manifest),
+                "manifest.json is not what was written")
         for name, file in manifest["files"].items():
             size = (folder / name).stat().st_size
             require(size == file["bytes"], f"{name} has {size:,} bytes, not {file['bytes']:,}")
