@@ -2,7 +2,7 @@
 import jax
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 from networks import (D, EPS32, T, V, attention_stack, compiled_as, init, orthonormal_tokens,
                       prescribed_kernels, random_tokens, small, stirred)
 
@@ -45,7 +45,7 @@ def test_kernels_are_predicted():
     assert not np.allclose(kernels["clm"][-1][::-1, ::-1], kernels["clm"][-1], atol=1e-3)
 
 
-@pytest.mark.parametrize("attn", ["espa", "uspa", "vskip", "softmax"])
+@pytest.mark.parametrize("attn", ["espa", "softmax"])
 def test_each_token_sees_all_others(attn):
     """The last token matters to the first one's logits; with clm it does not."""
     tokens, changed = random_tokens(0), random_tokens(0)
@@ -58,6 +58,7 @@ def test_each_token_sees_all_others(attn):
         assert (np.max(np.abs(after - before)) > 1e-3 * np.std(before)) == (objective == "mlm")
 
 
+@settings(max_examples=8)
 @given(st.integers(1, 100), st.integers(0, 2**31 - 1))
 def test_a_share_of_the_tokens_is_masked(length, seed):
     """Exactly 15 %, rounded, at least one: the same of the same sequence and draw."""

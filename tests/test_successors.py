@@ -177,8 +177,13 @@ def run(*lines):
 SMALL = "--depth 2 --width 16 --heads 2 --length 8 --batch 4 --steps 2"
 
 
-def test_a_run_with_parameters_of_a_norms_is_saved_resumed_inspected_and_exported(tmp_path, capsys):
-    """Nested as they are, the weights come back."""
+@pytest.fixture
+def no_sample(monkeypatch):
+    monkeypatch.setattr("minitf.cli.loop.show_sample", lambda *_: None)
+
+
+def test_nested_parameters_are_saved_resumed_inspected_and_exported(no_sample, tmp_path, capsys):
+    """Those of what stands in the place of a norm: the weights come back."""
     folder, out = tmp_path / "run", tmp_path / "out.safetensors"
     run(f"--preset preln --norm derf {SMALL} --out {folder}", f"--resume {folder} --steps 4",
         f"--inspect {folder}", f"--export {folder} {out}")
