@@ -72,6 +72,8 @@ def main(arguments=None):
                         help="of the documents (default: 0.01)")
     parser.add_argument("--text-key", default="text", metavar="NAME",
                         help="where JSON lines and Parquet have the text (default: text)")
+    parser.add_argument("--special-tokens", action="store_true",
+                        help=f"{END} in a text is the end-of-text token, not text")
     parser.add_argument("--skip-damaged", action="store_true",
                         help="go on after a file that is not whole, with what is before that")
     most = min(host.cores(), (host.memory() - OWN) // OF_EACH)
@@ -94,7 +96,7 @@ def main(arguments=None):
 
 
 def prepare(files, out, encoding, suffix="", validation_share=0.01, processes=1, text_key="text",
-            skip_damaged=False):
+            skip_damaged=False, special_tokens=False):
     """Writes the folder `out`, whole; ValueError or OSError, and no folder, where it cannot."""
     require(0 <= validation_share < 1,
             f"validation-share must be at least 0 and below 1, not {validation_share}")
@@ -111,7 +113,7 @@ def prepare(files, out, encoding, suffix="", validation_share=0.01, processes=1,
         for leftover in set(beside.iterdir()) - {beside / "lock"}:   # of a process that was killed
             leftover.unlink()
         damaged = [] if skip_damaged else None
-        with workers(encoding, text_key, processes, lock) as encode:
+        with workers((encoding, text_key, special_tokens), processes, lock) as encode:
             encoded = encode(tasks(pieces(sources, text_key, damaged)))
             skipped = write_documents(beside, encoded, validation_share, progress(sum(sizes)))
         skipped |= {"damaged files": len(damaged)} if damaged else {}
@@ -324,13 +326,13 @@ def tasks(stream):
 # --- Encoding, in processes of its own ---------------------------------------------------
 
 @contextmanager
-def workers(encoding, text_key, processes, lock):
+def workers(how, processes, lock):
     """A function of tasks: yields (task, what encode_task makes of it).
 
-    In their order, with a few under way at a time.
+    In their order, with a few under way at a time. how: (encoding, text_key, special_tokens).
     """
-    global ENCODING, TEXT_KEY                                # forked processes have it without ado
-    ENCODING, TEXT_KEY, pipe = encoding, text_key, os.pipe()
+    global ENCODING, TEXT_KEY, SPECIAL                       # forked processes have it without ado
+    (ENCODING, TEXT_KEY, SPECIAL), pipe = how, os.pipe()
     try:
         forking = multiprocessing.get_context("fork")
     except ValueError:                                       # Windows has none
@@ -385,7 +387,7 @@ def encode_task(task):
             problems[which] = str(error)
         end = np.array([ENCODING._special_tokens[END]] * (last and len(parts) > 0),
                        encodings.dtype(ENCODING))
-        tokens.append(np.concatenate([encodings.encode(parts or [""], ENCODING), end]))
+        tokens.append(np.concatenate([encodings.encode(parts or [""], ENCODING, SPECIAL), end]))
         own = [hashlib.sha256(part.encode()).digest() for part in parts or [""]]
         digests.append(combine(own))
         firsts.append(own[0])

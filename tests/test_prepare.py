@@ -425,6 +425,14 @@ def test_of_many_files_some_are_set_aside_whole(tmp_path):
     assert few.held_out == "the last tenth"
 
 
+def test_what_spells_the_end_of_a_text_is_text_unless_it_is_said_to_be_that_token(tmp_path):
+    (tmp_path / "a.txt").write_text("one<|endoftext|>two")
+    as_text, as_token = (make(tmp_path, tmp_path / "a.txt", special_tokens=special)
+                         for special in (False, True))
+    assert documents(as_text) == ["one<|endoftext|>two"]
+    assert documents(as_token) == ["one", "two"]
+
+
 def test_folders_of_damaged_bytes(prepared, tmp_path):
     """Any bytes of any file changed: refused in one line, or the same tokens, counts, encoding."""
     draw, refused = random.Random(3), 0

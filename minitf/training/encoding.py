@@ -188,10 +188,15 @@ def dtype(encoding):
     return np.dtype("<u2" if encoding.n_vocab <= 2**16 else "<u4")
 
 
-def encode(texts, encoding):
-    """Pieces of a text, one after the other, as one array of tokens."""
-    return np.concatenate([encoding.encode_to_numpy(text, disallowed_special=())
-                           .astype(dtype(encoding)) for text in texts])
+def encode(texts, encoding, special=False):
+    """Pieces of a text, one after the other, as one array of tokens.
+
+    special: what spells the end-of-text token is that token, else text as any other.
+    """
+    allowed = {END} if special else set()
+    return np.concatenate([
+        encoding.encode_to_numpy(text, allowed_special=allowed, disallowed_special=())
+        .astype(dtype(encoding)) for text in texts])
 
 
 def encode_files(texts, encoding):
