@@ -218,6 +218,19 @@ def test_links_are_followed_and_what_they_lead_to_counts_once(tmp_path):
         inside / "a", inside / "same"]                              # what is named is meant
 
 
+def test_a_home_and_a_comma_in_a_name(tmp_path, monkeypatch):
+    """~ in any place of a list; a name with a comma where there is such a file."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b", "a, b"):
+        (tmp_path / name).write_text(name)
+    assert encodings.find_files("a,~/b") == [Path("a"), tmp_path / "b"]
+    assert encodings.find_files("a, b") == [Path("a, b")]
+    assert encodings.find_files("~/a, b") == [tmp_path / "a, b"]
+    with pytest.raises(ValueError, match="no text found at c"):
+        encodings.find_files("a,c")
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a_folder_that_cannot_be_read_is_not_left_out_in_silence(tmp_path):
     (tmp_path / "a").write_text("a")

@@ -2,6 +2,7 @@
 import hashlib
 import io
 import json
+import os
 import threading
 import time
 from collections import Counter
@@ -48,7 +49,7 @@ def load(config, length, encoding=None):
     tokens, end, counts, encoding, checksum, held_out = read_tokens(
         names, encoding or config.encoding)
     long = checksum and tokens.nbytes > CHECKED
-    verify = check_whole(names, tokens, checksum) if long else lambda: None
+    verify = check_whole(os.path.expanduser(names), tokens, checksum) if long else lambda: None
     validation, validation_counts = tokens[end:], counts[1]
     if val_data:
         end, counts, held_out = len(tokens), counts.sum(0)[None], "val-data"
@@ -76,12 +77,13 @@ def read_tokens(names, encoding=None, whole=False):
     names: comma-separated, or a prepared folder. encoding: an Encoding, a name, or None for the
     prepared folder's, else the included one. whole: files stay in their order, none is set aside.
     """
-    manifest = read_manifest(names)
+    folder = os.path.expanduser(names)
+    manifest = read_manifest(folder)
     if manifest:
-        return read_prepared(Path(names), manifest, encoding)
+        return read_prepared(Path(folder), manifest, encoding)
     if not isinstance(encoding, tiktoken.Encoding):
         encoding = load_encoding(encoding or str(RANKS))
-    texts = [read_text(path) for path in find_files(names.split(","))]
+    texts = [read_text(path) for path in find_files(names)]
     parts = [texts] if whole else set_aside(texts)
     tokens, *validation = (encode_files(part, encoding) for part in parts)
     if not validation:

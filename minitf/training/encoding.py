@@ -22,10 +22,13 @@ END = "<|endoftext|>"                                 # what ends a document
 def find_files(names):
     """Files, folders (all in them but hidden files) and globs -> paths, sorted within each.
 
-    Links are followed; what several lead to in a folder or glob counts once.
+    names: a list, or as one text with commas between them, unless that is a path itself. ~ is the
+    home. Links are followed; what several lead to in a folder or glob counts once.
     """
+    if isinstance(names, str):
+        names = [names] if os.path.exists(os.path.expanduser(names)) else names.split(",")
     paths = []
-    for name in filter(None, names):
+    for name in map(os.path.expanduser, filter(None, names)):
         path = Path(name)
         if path.is_dir():
             found = once(sorted(files_in(path)))
