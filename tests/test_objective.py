@@ -7,7 +7,7 @@ from networks import (D, EPS32, T, V, attention_stack, compiled_as, init, orthon
                       prescribed_kernels, random_tokens, small, stirred)
 
 from minitf import attention_constants, forward, resolve
-from minitf.network import decode, model
+from minitf.network import decode, objectives
 from minitf.theory import kernels as theory, spa
 from minitf.training import train
 
@@ -63,18 +63,18 @@ def test_each_token_sees_all_others(attn):
 def test_a_share_of_the_tokens_is_masked(length, seed):
     """Exactly 15 %, rounded, at least one: the same of the same sequence and draw."""
     tokens = np.random.default_rng(seed).integers(0, 1000, (3, length), np.int32)
-    hidden = np.asarray(model.masked(tokens, seed))
+    hidden = np.asarray(objectives.masked(tokens, seed))
     assert np.all(hidden.sum(1) == max(round(0.15 * length), 1))
-    assert np.array_equal(model.masked(tokens[::-1], seed), hidden[::-1])
+    assert np.array_equal(objectives.masked(tokens[::-1], seed), hidden[::-1])
 
 
 def test_other_sequences_and_other_steps_mask_other_tokens():
     """No position is preferred, and a sequence's tokens all have their turn."""
     share = 5 * np.sqrt(0.15 * 0.85 / 100)
-    many = np.asarray(model.masked(np.arange(4000, dtype=np.int32).reshape(100, 40), 0))
+    many = np.asarray(objectives.masked(np.arange(4000, dtype=np.int32).reshape(100, 40), 0))
     assert abs(many.mean(0) - 0.15).max() < share
     one = np.arange(40, dtype=np.int32)[None]
-    steps = np.array([model.masked(one, draw)[0] for draw in range(100)])
+    steps = np.array([objectives.masked(one, draw)[0] for draw in range(100)])
     assert abs(steps.mean(0) - 0.15).max() < share
     config = small("espa", objective="mlm", head_init="gaussian")
     params, batch = init(jax.random.key(0), config, V), random_tokens(0, 2, T + 1)
@@ -87,12 +87,13 @@ def test_the_loss_is_that_of_the_masked_tokens():
     """With a head of zeros log V each, and 0 for tokens that are shown; V stands for a mask."""
     config = small("espa", objective="mlm")
     params, windows = init(jax.random.key(0), config, V), random_tokens(0, 2, T + 1)
-    constants, hidden = attention_constants(config), np.asarray(model.masked(windows[:, :-1], 0))
-    losses = np.asarray(model.token_losses(params, constants, windows, config))
+    constants = attention_constants(config)
+    hidden = np.asarray(objectives.masked(windows[:, :-1], 0))
+    losses = np.asarray(objectives.token_losses(params, constants, windows, config))
     assert len(params["embed"]) == V + 1 and params["head"].shape == (D, V)
     assert np.all(losses[~hidden] == 0) and np.isclose(losses.mean(), np.log(V), rtol=1e-5)
     params = stirred(params, 0, 0.1)
-    losses = np.asarray(model.token_losses(params, constants, windows, config))
+    losses = np.asarray(objectives.token_losses(params, constants, windows, config))
     logits = forward(params, constants, np.where(hidden, V, windows[:, :-1]), config)
     expected = -np.asarray(jax.nn.log_softmax(logits))[hidden, windows[:, :-1][hidden]]
     assert np.allclose(losses[hidden] * hidden.mean(), expected, rtol=1e-4)

@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 from networks import D, EPS32, T, V, random_tokens, stirred
 
 from minitf import attention_constants, forward, resolve
-from minitf.network import decode, fast, init as starts, model, operations, quantize
+from minitf.network import decode, fast, init as starts, model, objectives, operations, quantize
 from minitf.network.operations import REFERENCE
 from minitf.cli import main
 from minitf.training import checkpoint, optimizer, train
@@ -162,7 +162,7 @@ def test_decoding_and_what_is_fast_equal_the_forward_pass(name):
     wrong = 6 * config.depth * np.sqrt(4 * D) * EPS32 * np.max(np.abs(expected))
     assert np.max(np.abs(jnp.stack(got) - expected)) <= wrong
     windows = np.concatenate([tokens, tokens[:1]])[None]
-    plain, quick = (model.token_losses(params, constants, windows, config, ops)
+    plain, quick = (objectives.token_losses(params, constants, windows, config, ops)
                     for ops in (REFERENCE, fast.operations(config, "cpu")))
     assert np.max(np.abs(plain - quick)) <= 2 * wrong + 70 * EPS32
 

@@ -1,4 +1,4 @@
-"""The network as formulas: forward pass and loss. What makes it fast is elsewhere.
+"""The network as formulas: the forward pass. What makes it fast is elsewhere.
 
     X^ = alpha X  + beta MHA(Norm(X))         no skips: alpha = 0, beta = 1
     X' = alpha X^ + beta MLP(Norm(X^))        no norms: Norm = identity
@@ -16,8 +16,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ..errors import require
 from ..theory.families import family
-from ..theory.kernels import MASKED, network_activation
+from ..theory.kernels import network_activation
 from .operations import REFERENCE, causal_mean, slice_positions, standardise
+
 
 def forward(params: dict, constants: dict, tokens, config, ops=REFERENCE) -> jax.Array:
     """tokens (S,) or (B, S) of integers, S <= T -> logits (..., S, V), in config.dtype.
@@ -32,38 +33,6 @@ def forward(params: dict, constants: dict, tokens, config, ops=REFERENCE) -> jax
     padded = jnp.pad(tokens, after)               # which changes nothing before it
     x = final_hidden(params, constants, padded, config, ops).reshape(*padded.shape, -1)
     return unembed(params, x[..., :tokens.shape[-1], :])
-
-
-def token_losses(params, constants, windows, config, ops=REFERENCE, draw=0):
-    """Cross-entropy of each target in nats: windows (B, T + 1) of tokens -> (B, T), float32.
-
-    objective mlm: of each masked token, times T over how many there are, so that a mean is theirs;
-    0 of the others. draw: an integer; of each, other tokens are masked.
-    """
-    tokens, targets = windows[:, :-1], windows[:, 1:]
-    if config.objective == "mlm":
-        hidden = masked(tokens, draw)                                     # (B, T)
-        losses = losses_of(jnp.where(hidden, params["head"].shape[1], tokens), tokens, params,
-                           constants, config, ops)
-        return losses * hidden / hidden.mean(1, keepdims=True)
-    return losses_of(tokens, targets, params, constants, config, ops)
-
-
-def losses_of(tokens, targets, params, constants, config, ops):
-    """Cross-entropy of targets (B, T) at the positions of tokens (B, T) -> (B, T)."""
-    x = final_hidden(params, constants, tokens, config, ops)
-    losses = ops.cross_entropy(x, params["head"].astype(x.dtype), targets.reshape(-1))
-    return losses.reshape(targets.shape)
-
-
-def masked(tokens, draw):
-    """Which of the tokens (B, T) are masked: MASKED of each sequence, drawn by what it is."""
-    length = tokens.shape[1]
-    odd = np.uint32(31) ** np.arange(length, dtype=np.uint32)
-    keys = (tokens.astype(jnp.uint32) * odd).sum(1, dtype=jnp.uint32)             # a hash, (B,)
-    key = jax.random.key(draw)
-    order = lambda of: jax.random.permutation(jax.random.fold_in(key, of), length)
-    return jax.vmap(order)(keys) < max(round(MASKED * length), 1)
 
 
 def final_hidden(params, constants, tokens, config, ops):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ..network import fast, model
+from ..network import fast, objectives
 from ..network.quantize import few_bits
 from ..network.operations import REFERENCE
 from . import sharding
@@ -14,10 +14,10 @@ from .optimizer import make_optimizer
 
 
 def token_losses(params, constants, batch, config, ops, draw=0):
-    """model.token_losses, on the mesh in use if there is one."""
+    """objectives.token_losses, on the mesh in use if there is one."""
     outer = sharding.whole({name: part for name, part in params.items() if name != "blocks"})
-    return model.token_losses(params | outer, constants, batch, config, sharding.distribute(ops),
-                              draw)
+    return objectives.token_losses(params | outer, constants, batch, config,
+                                   sharding.distribute(ops), draw)
 
 
 def loss(params, constants, batch, config, draw=0):
