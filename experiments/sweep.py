@@ -214,7 +214,10 @@ def label(flags, others):
 
 def report(files, plot):
     """Prints tables as Markdown, and draws the mean over seeds of each line of the first."""
+    for file in files:
+        require(file.exists(), f"{file}: no such file")
     records = [each for file in files for each in read(file)]
+    require(records, f"{files[0]} has no runs yet")
     groups, everyone = {}, [each["flags"] for each in records]
     for each in records:
         name = each.get("name")
@@ -223,14 +226,17 @@ def report(files, plot):
         groups.setdefault(said, []).append(each)
     ordered = sorted(groups.items(), key=lambda item: np.mean([*map(loss, item[1])]))
     shared = common(everyone[0], everyone) if everyone else {}
-    print(f"All: `{shlex.join(arguments(shared))}`. Validation loss: the mean over seeds. "
-          "Gradient norm: the largest after step 500 over that at step 500.\n")
-    print(header("flags", "seeds", "validation loss", "spread", "gradient norm, see above"))
+    long = any(each.get("gradient_ratio") for each in records)
+    print(f"All: `{shlex.join(arguments(shared))}`. Validation loss: the mean over seeds."
+          + " Gradient norm: the largest after step 500 over that at step 500." * long + "\n")
+    print(header("flags", "seeds", "validation loss", "spread",
+                 *["gradient norm, see above"] * long))
     for name, group in ordered:
         losses = [*map(loss, group)]
         print(row(f"`{name}`", ", ".join(str(each["flags"].get("seed", 0)) for each in group),
                   f"{np.mean(losses):.3f}", f"{max(losses) - min(losses):.3f}",
-                  ", ".join(f"{each.get('gradient_ratio') or np.nan:.1f}" for each in group)))
+                  *[", ".join(f"{each.get('gradient_ratio') or np.nan:.1f}" for each in group)]
+                  * long))
     for search, group in searches_of(records).items():
         losses = [*map(loss, group)]
         print(f"\nThe best of k of {len(group)} trials around `{label(json.loads(search), [])}`:\n")
@@ -261,13 +267,17 @@ def main():
     made.add_argument("file", type=Path)
     made.add_argument("more", nargs="*", metavar="FLAGS", help="or, of a report, further files")
     made.add_argument("--data", help="as run.py's; it is not recorded")
-    made.add_argument("--seeds", type=lambda text: [*map(int, text.split(","))], default=[0])
-    for name, default in dict(random=0, best=0, together=1).items():
-        made.add_argument("--" + name, type=int, default=default, metavar="N")
-    made.add_argument("--then", default="", metavar="FLAGS")
-    made.add_argument("--plot", type=Path, metavar="FILE.png")
+    made.add_argument("--seeds", type=lambda text: [*map(int, text.split(","))], default=[0],
+                      metavar="N,N,...", help="of each FLAGS (default: 0)")
+    numbers = dict(random=(0, "trials of a search"), best=(0, "of these, to run once more"),
+                   together=(1, "runs at a time (default: 1)"))
+    for name, (default, text) in numbers.items():
+        made.add_argument("--" + name, type=int, default=default, metavar="N", help=text)
+    made.add_argument("--then", default="", metavar="FLAGS", help="what the best have as well")
+    made.add_argument("--plot", type=Path, metavar="FILE.png", help="means over seeds, drawn")
     given = made.parse_args()
     try:
+        require(given.what == "report" or given.more, "run needs FLAGS, as \"--attn espa\"")
         if given.what == "report":
             return report([given.file, *map(Path, given.more)], given.plot)
         return bool(run(given.file, given.more, given.data, given.seeds, given.random, given.best,

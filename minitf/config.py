@@ -148,7 +148,8 @@ class ModelConfig(Checked):
         family, both_sides = FAMILIES[self.attn], self.objective == "mlm"
         prescribed = family.row_sums is not None
         require(not prescribed or self.norm not in NOT_NORMS,
-                f"attn {self.attn} needs norm none, layer or rms, not {self.norm}")
+                f"attn {self.attn} needs norm none, layer or rms, not {self.norm}; preset preln "
+                "takes it")
         require(not prescribed or not self.parallel, f"parallel does not go with attn {self.attn}")
         require(not self.parallel or self.alpha == self.mlp_alpha == 0,
                 "parallel needs alpha 0 and mlp-alpha 0")

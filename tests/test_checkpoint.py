@@ -95,8 +95,6 @@ def refusal(capsys, *arguments):
         main([*map(str, arguments)])
     errors = capsys.readouterr().err
     assert end.value.code == 2 and errors.count("\n") == 1, errors
-    del end
-    gc.collect()                           # the traceback's frames hold the folder's lock
     return errors
 
 

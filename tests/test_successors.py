@@ -1,5 +1,4 @@
 """Successors of the method, as comparisons: each does at the start what it promises."""
-import gc
 from itertools import product
 
 import jax
@@ -171,7 +170,6 @@ def run(*lines):
     """run.py's main with these arguments, one after the other."""
     for line in lines:
         main.main(line.split())
-        gc.collect()                                               # a run's lock goes with it
 
 
 SMALL = "--depth 2 --width 16 --heads 2 --length 8 --batch 4 --steps 2"

@@ -49,7 +49,7 @@ def draw(runs, path, logarithmic=False, format=None):
         if "grad_norm" in run:
             lower.semilogy(run["at"], run["grad_norm"], **style)
     if norms:
-        lower.set(ylabel="largest gradient norm")
+        lower.set(ylabel="gradient norm, largest")
     lower.set(xlabel="step", xscale=scale)
     upper.set(ylabel="nats a token: training (lines), validation (dots)", yscale=scale)
     for ticks in (upper.yaxis.set_major_formatter, upper.yaxis.set_minor_formatter):
@@ -65,10 +65,13 @@ def compare(folders, path, logarithmic):
     draw({str(folder): summary(read(folder)) for folder in folders}, path, logarithmic)
 
 
-def renew(folder):
-    """loss.png of a run that is going on, if matplotlib is there. It never stops a run."""
+def renew(folder, last):
+    """loss.png of a run, if matplotlib is there: of one that goes on, or of its last step.
+
+    It never stops a run.
+    """
     with suppress(Exception):
-        if time.time() - (folder / "config.json").stat().st_mtime > SOON:
+        if last or time.time() - (folder / "config.json").stat().st_mtime > SOON:
             part = folder / "loss.png.part"
             draw({folder.name: summary(read(folder))}, part, format="png")
             part.replace(folder / "loss.png")

@@ -13,20 +13,20 @@ from ..theory import activations
 from ..theory.families import FAMILIES, family
 from ..theory.kernels import attention_constants
 from .inspection import COLUMNS, initialise, read_windows, report
-from .pictures import draw_columns, draw_reports, figure, save
+from .pictures import draw_columns, draw_reports, figure, plain_numbers, save
 
 SHOWN, LEAST = 64, 1e-4                    # of an attention matrix: positions, smallest entry
 SUCCESSORS = "sas", "cutting-the-skip"     # presets that are shown beside the attention families
 
 
 def reports_by_family(settings):
-    """{"espa, measured": the report of settings with this attention, ...}, and of SUCCESSORS."""
+    """{"espa": the report of settings with this attention, ...}, and of SUCCESSORS."""
     settings, *text = read_windows(settings)
     require(settings.model.objective == "clm", "this figure is of networks with objective clm")
     reports = {name: settings.replace(attn=name, identity_skip=False) for name in FAMILIES}
     reports |= {name: resolve(name, settings.model.token_collision_rate, **size(settings))
                 for name in SUCCESSORS}
-    return {f"{name}, measured": report(each, *text) for name, each in reports.items()}
+    return {name: report(each, *text) for name, each in reports.items()}
 
 
 def size(settings):
@@ -37,9 +37,7 @@ def size(settings):
 def rank_collapse(settings, path):
     """Mean cosine and effective rank of the tokens by depth, for each attention family."""
     picture, panels = figure((11, 5), 1, 2)
-    draw_columns(panels, ("mean cosine", "effective rank"), reports_by_family(settings))
-    picture.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6,
-                   fontsize="small")
+    draw_columns(picture, panels, ("mean cosine", "effective rank"), reports_by_family(settings))
     save(picture, path)
 
 
@@ -51,16 +49,17 @@ def kernels(settings, path):
 def c_maps(settings, path):
     """C_f of the MLPs of the whole depth: activations as they are, and solved by DKS and by TAT."""
     c, depth = np.linspace(-1, 1, 201), max(settings.model.depth, 16)      # eta 0.9 needs some
-    picture, panels = figure((12, 4), 1, 3, sharey=True)
+    picture, panels = figure((12, 4.5), 1, 3, sharey=True)
     for axis, act in zip(panels, ("leaky_relu", "gelu", "tanh")):
         for transform, style in (("none", "C7"), ("dks", "C0"), ("tat", "C3")):
             phi = activations.solve(act, transform, depth)
-            for blocks, line, label in ((1, ":", f"{transform}, one"), (depth, "-", transform)):
+            for blocks, line, label in ((1, ":", f"{transform}, one MLP"),
+                                        (depth, "-", f"{transform}, {depth} MLPs")):
                 axis.plot(c, activations.network_correlation(phi.correlation_map, c, blocks, 0, 1),
                           style + line, label=label)
-        axis.set(title=act, xlabel="cosine of two tokens",
-                 ylabel=f"after one MLP (dots), after {depth}")
-        axis.legend(fontsize="small")
+        axis.set(title=act, xlabel="cosine of two tokens before")
+    panels[0].set(ylabel="cosine after")
+    picture.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     save(picture, path)
 
 
@@ -76,19 +75,21 @@ def attention(settings, path):
     require(attends.row_sums,
             f"A of attn {config.attn} is not prescribed: there is nothing to draw")
     positions = np.arange(shown)
-    picture, panels = figure((13, 6.4), 2, 4)
+    heads = (0, -1) if len(set(config.gamma)) > 1 else (0,)           # else all are alike
+    picture, panels = figure((13, 3.6 * len(heads)), len(heads), 4, squeeze=False)
     for column, layer in zip(panels.T, np.linspace(0, config.depth - 1, 4).astype(int)):
         own = {name: table[layer] for name, table in constants.items()}
         bias = attends.bias_rows(own, positions[:, None], positions) + np.zeros((1, shown, shown))
         weights = np.exp(bias) * np.tri(shown)
         matrices = weights / weights.sum(-1, keepdims=True)
         matrices = matrices * own["row_scale"][:, :shown, None]
-        for axis, head in zip(column, (0, -1)):
+        for axis, head in zip(column, heads):
             image = axis.imshow(np.maximum(matrices[head], LEAST), cmap="gray_r",
                                 norm="log", vmin=LEAST, vmax=1)
-            axis.set(title=f"block {layer + 1}, {'first' if head == 0 else 'last'} head",
-                     xlabel="key", ylabel="query")
+            of_head = f", gamma {config.gamma[head]:g}" if config.attn == "espa" else ""
+            axis.set(title=f"block {layer + 1}{of_head}", xlabel="key", ylabel="query")
     picture.colorbar(image, ax=panels, label="A = D softmax(B)", shrink=0.6)
+    picture.suptitle(f"{config.attn}, the first {shown} of {config.length} positions")
     save(picture, path)
 
 
@@ -103,7 +104,8 @@ def jacobian(settings, path):
         ranks = participation_ratio(singular_values(found))
         axis.plot(np.arange(len(ranks)) + 1, ranks, f"C{number}-", label=preset)
     axis.set(xlabel="block", ylabel="participation ratio of the Jacobian's singular values",
-             yscale="log", title=f"width {config.width}")
+             yscale="log", title=f"directions of a token that arrive, of {config.width}")
+    plain_numbers(axis.yaxis)
     axis.legend()
     save(picture, path)
 

@@ -63,7 +63,7 @@ def cores():
 
 def require_new(out):
     """ValueError if the folder is there already with more in it than a run that never began."""
-    leftover = {"lock", "config.json", "metrics.jsonl"}
+    leftover = {"lock", "config.json", "metrics.jsonl", "loss.png"}
     new = out is None or not out.exists() or out.is_dir() and all(
         path.name in leftover or path.suffix == ".part" for path in out.iterdir())
     require(new, f"{out} exists and is not an empty folder: a run never overwrites another")

@@ -32,9 +32,9 @@ def inspect(settings, plot_path):
     config, out = settings.model, report(settings, *text)
     print(table(out, "predicted"))
     if plot_path:
-        others = {} if config.attn == "softmax" else {"softmax, measured": report(
+        others = {} if config.attn == "softmax" else {"softmax": report(
             settings.replace(attn="softmax", identity_skip=False), *text)}
-        pictures.draw_reports({f"{config.attn}, measured": out, **others}, COLUMNS, plot_path)
+        pictures.draw_reports({config.attn: out, **others}, COLUMNS, plot_path)
     print(verdict(out, config))
 
 

@@ -49,12 +49,11 @@ def train(settings, out, mesh, trained=None, log_to=None):
         opt_state = sharding.make(optimize.init, params)
         name = f"{settings.preset}-{model.attn}"
         out = host.make_folder(out, name) if sharding.first() else host.aside()
-        lock = checkpoints.lock(out)                              # held until the process ends
-        require(not checkpoints.checkpoints(out), f"{out} was just taken by another run")
-        checkpoints.rewind(out / "metrics.jsonl", 0)              # of a run that never began
-        run_steps(checkpoints.Checkpoint(0, settings, corpus.encoding, corpus.digest, params,
-                                         opt_state), corpus, constants, out, log_to)
-    return lock
+        with checkpoints.lock(out):
+            require(not checkpoints.checkpoints(out), f"{out} was just taken by another run")
+            checkpoints.rewind(out / "metrics.jsonl", 0)          # of a run that never began
+            run_steps(checkpoints.Checkpoint(0, settings, corpus.encoding, corpus.digest, params,
+                                             opt_state), corpus, constants, out, log_to)
 
 
 def with_network_of(settings, flags):
@@ -72,7 +71,12 @@ def resume(folder, flags, mesh, log_to=None):
     require(folder.is_dir(), f"{folder} is not a folder")
     require(checkpoints.checkpoints(folder), f"{folder} has no checkpoint")
     out = folder if sharding.first() else host.aside()
-    lock = checkpoints.lock(out)
+    with checkpoints.lock(out):
+        go_on(folder, out, flags, mesh, log_to)
+
+
+def go_on(folder, out, flags, mesh, log_to):
+    """What `resume` does while no other run may write to `out`."""
     state, unusable = checkpoints.newest(folder)
     sharding.require_same("the newest checkpoint", f"{state.step} {state.settings}")
     for path, problem in unusable:
@@ -98,7 +102,6 @@ def resume(folder, flags, mesh, log_to=None):
         params, opt_state = sharding.place((state.params, state.opt_state))
         state = state._replace(params=params, opt_state=opt_state)
         run_steps(state, corpus, attention_constants(state.settings.model), out, log_to)
-    return lock
 
 
 def changes(settings, flags):
@@ -249,7 +252,7 @@ def save(out, metrics, state, best=None):
     metrics.sync()
     checkpoints.save(out, state, best)
     if sharding.first():
-        curves.renew(out)
+        curves.renew(out, state.step == state.settings.training.steps)
 
 
 def refuse_others(flags, names, why):

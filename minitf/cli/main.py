@@ -18,6 +18,7 @@ from ..theory.kernels import network_activation
 from ..training import checkpoint, sharding
 from . import curves, figures, inspection, loop, use
 from .metrics import TRACKERS
+from .pictures import require_place
 
 MODES = ("out", "resume", "sample", "eval", "export", "inspect", "curves", "figure", "plot",
          "log_axes", "init_from", "log_to", "quantize", "compilation_cache", "mesh")
@@ -76,6 +77,7 @@ def act(modes, flags):
     for flag, allowed in GOES_WITH.items():
         require(not modes[flag] or doing in allowed, f"{flag.replace('_', '-')} goes with "
                 f"{', '.join(allowed)}, not with {doing}")
+    check_picture(modes["figure"], modes["plot"])
     mesh = modes["mesh"]
     if mesh is None and (jax.process_count() > 1 or doing in ("train", "resume")):
         mesh = "all"
@@ -107,13 +109,23 @@ def act(modes, flags):
         if note:
             print(note)
         if modes["figure"]:
-            require(modes["plot"], "--figure needs --plot FILE.png")
-            look_up(figures.FIGURES, modes["figure"], "figure")(settings, modes["plot"])
+            figures.FIGURES[modes["figure"]](settings, modes["plot"])
         elif doing == "inspect":
             require(mesh is None, "mesh does not go with inspect without DIR")
             inspection.inspect(settings, modes["plot"])
         else:
             loop.train(settings, modes["out"], mesh, trained, modes["log_to"])
+    if modes["plot"]:
+        print(f"drawn: {modes['plot']}")
+
+
+def check_picture(name, path):
+    """ValueError for a figure that there is not, or a path where none can be, before any work."""
+    if name:
+        look_up(figures.FIGURES, name, "figure")
+        require(path, "--figure needs --plot FILE.png")
+    if path:
+        require_place(path)
 
 
 def prepare_streams():
@@ -189,7 +201,7 @@ def make_parser():
     where.add_argument("--figure", metavar="NAME", help="draw, of networks at their start, "
                        f"{', '.join(figures.FIGURES)}")
     parser.add_argument("--plot", type=Path, metavar="FILE.png",
-                        help="where to draw it; by matplotlib")
+                        help="where to draw it, .png, .pdf or .svg; by matplotlib")
     parser.add_argument("--log-axes", action="store_true", help="--curves: steps and losses")
     parser.add_argument("--quantize", metavar="w8a8|w4a8|...", help="--eval: with so few bits for "
                         "the blocks' weights and activations as well")

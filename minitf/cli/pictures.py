@@ -1,17 +1,30 @@
 """Pictures, by matplotlib if it is installed: their files, and reports of inspection.py."""
 import numpy as np
 
+from ..errors import require
 from ..theory.kernels import correlation
 
 
-def figure(size, *shape, **how):
-    """A figure to be saved, and its axes; ValueError without matplotlib."""
+def blank(size):
+    """A figure to be saved, empty yet; ValueError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("a picture needs matplotlib: pip install matplotlib") from None
-    picture = Figure(figsize=size, layout="constrained")
+    return Figure(figsize=size, layout="constrained")
+
+
+def figure(size, *shape, **how):
+    """A figure to be saved, and its axes; ValueError without matplotlib."""
+    picture = blank(size)
     return picture, picture.subplots(*shape, **how)
+
+
+def require_place(path):
+    """ValueError where no picture can be written, before work is done for it."""
+    blank((1, 1))
+    require(path.suffix and path.absolute().parent.is_dir(),
+            f"cannot write {path}: it must be a .png, .pdf or .svg in a folder that there is")
 
 
 def save(picture, path, **how):
@@ -22,39 +35,63 @@ def save(picture, path, **how):
         raise ValueError(f"cannot write {path}: {error}") from None
 
 
-def draw_reports(reports, columns, path):
-    """Kernels of the first window at four depths, predicted ones first; columns over depth.
+def plain_numbers(axis):
+    """The ticks of a logarithmic axis as 20, not as 2 x 10^1."""
+    from matplotlib.ticker import LogFormatter
+    for ticks in (axis.set_major_formatter, axis.set_minor_formatter):
+        formatter = LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5))
+        formatter._num_to_string = lambda x, *limits: f"{x:g}"
+        ticks(formatter)
 
-    reports: {label: what `inspection.measured` returns, and predictions}.
+
+def draw_reports(reports, columns, path):
+    """A row of kernels of the first window for each report, at four depths; columns over depth.
+
+    reports: {label: what `inspection.measured` returns, and predictions}. What is predicted stands
+    on the left.
     """
-    rows = {}
-    for label, out in reports.items():
-        if "predicted kernels" in out:
-            rows[label.replace("measured", "predicted")] = out["predicted kernels"]
-        rows[label] = out["kernels"]
-    picture, axes = figure((12, 2.7 * len(rows) + 3), len(rows) + 1, len(columns) - 1)
-    for (label, kernels), line in zip(rows.items(), axes):
-        for axis, depth in zip(line, np.linspace(0, len(kernels) - 1, 4).round().astype(int)):
-            image = draw_kernel(axis, kernels[depth], f"{label}, block {depth}")
-    picture.colorbar(image, ax=axes[:-1], label="cosine of two positions' activations", shrink=0.6)
-    draw_columns(axes[-1], columns, reports)
-    axes[-1][1].legend(fontsize="small")
+    kinds = [kind for kind in ("predicted kernels", "kernels")
+             if any(kind in out for out in reports.values())]
+    picture = blank((1.5 * 4 * len(kinds) + 1.5, 1.5 * len(reports) + 4))
+    above, below = picture.subfigures(2, 1, height_ratios=(1.5 * len(reports), 3.6))
+    grid = above.subplots(len(reports), 4 * len(kinds), squeeze=False)
+    for row, ((label, out), line) in enumerate(zip(reports.items(), grid)):
+        depths = np.linspace(0, len(out["kernels"]) - 1, 4).round().astype(int)
+        for number, axis in enumerate(line):
+            kind, depth = kinds[number // 4], depths[number % 4]
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(kind in out)
+            if kind in out:
+                image = draw_kernel(axis, out[kind][depth])
+            if row == 0:
+                said = "predicted" if kind.startswith("predicted") else "measured"
+                axis.set_title(f"{said}\nblock {depth}", fontsize="medium")
+        line[0].set_ylabel(label, fontsize="small")
+    above.colorbar(image, ax=grid, label="cosine of two positions", shrink=0.8)
+    draw_columns(below, below.subplots(1, len(columns) - 1), columns, reports)
     save(picture, path)
 
 
-def draw_columns(axes, columns, reports):
-    """A column of all reports on each axis, over depth: lines; what is predicted: circles."""
-    styles = "k-", "k:", *(f"C{number}-" for number in range(10))
+def draw_columns(picture, axes, columns, reports):
+    """A column of all reports on each axis, over depth: lines; what is predicted: circles.
+
+    Lines that others cover are wider than these.
+    """
     for axis, name in zip(axes, columns):
-        for (label, out), style in zip(reports.items(), styles):
-            line, = axis.plot(out[name], style, label=label)
+        for number, (label, out) in enumerate(reports.items()):
+            style = dict(color=f"C{number - 1}" if number else "k")
+            axis.plot(out[name], "-", label=label, lw=1 + 0.4 * (len(reports) - number), **style)
             if "predicted " + name in out:
-                axis.plot(out["predicted " + name], "o", color=line.get_color(), mfc="none", ms=4,
-                          label=label.replace("measured", "predicted"))
+                axis.plot(out["predicted " + name], "o", mfc="none", ms=5, **style)
+        axis.plot([], [], "ko", mfc="none", ms=5, label="predicted")
         axis.set(xlabel="block", ylabel=name, yscale="linear" if "cosine" in name else "log")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        if "cosine" not in name:
+            plain_numbers(axis.yaxis)
+    picture.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=8,
+                   fontsize="small")
 
 
-def draw_kernel(axis, kernel, title):
+def draw_kernel(axis, kernel):
     """The cosines of a kernel (T, T), white for 0, black for 1; returns the image."""
-    axis.set(title=title, xlabel="position", ylabel="position")
     return axis.imshow(correlation(np.asarray(kernel, float)), cmap="gray_r", vmin=0, vmax=1)

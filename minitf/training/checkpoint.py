@@ -162,7 +162,7 @@ def rewind(metrics, step):
 
 
 def lock(folder):
-    """Keeps a folder for this process until it ends, however it ends. Keep the result.
+    """A file that keeps a folder for this process until it is closed, or the process ends.
 
     ValueError if another process has it.
     """
