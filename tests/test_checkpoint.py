@@ -3,7 +3,6 @@
 They end as if nothing had happened. MINITF_KILLS=N kills N times in each phase and N times at
 random, instead of once.
 """
-import gc
 import json
 import os
 import random
