@@ -117,7 +117,13 @@ def gammas_by_length(heads, length, row_scale):
 
 
 def untuned(preset, flags):
-    """A note where a preset's rates were tuned for something else than these flags; else None."""
+    """A note where a preset's rates were tuned for something else than these flags; else None.
+
+    And where they are known to be too large.
+    """
+    if preset == "isometric" and flags.get("optimizer") == "adamw" and flags.get("steps", 0) > 2000:
+        return ("note: isometric with adamw was unstable in runs of 6,000 steps at width 256; muon "
+                "was not, up to 24,000")
     shapes = ("attn", "objective", "act", "transform", "alpha", "beta", "norm", "init", "mlp_init",
               "position", "query_init", "identity_values", "qk_norm", "mlp_alpha", "mlp_beta",
               "trained_weights", "parallel")
