@@ -189,7 +189,7 @@ class TrainingConfig(Checked):
     weight_decay: float = flag("additions", "decoupled, times the group's learning rate", low=0)
     decay_groups: str = flag("additions", "whose matrices decay, of qk,vo,mlp")
     lr_mult_path: float = flag("additions", "times the learning rate: what changes the products "
-                               "W^V W^O and W_1 W_2 (default: 1)", low=0)
+                               "W^V W^O and W_1 W_2 (default: the preset's, or 1)", low=0)
     orthogonal_pull: float = flag("additions", "share by which a step brings these products back "
                                   "to rotations", low=0, high=1)
     pull_groups: str = flag("additions", "which products, of vo,mlp (default: vo without "

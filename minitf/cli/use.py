@@ -86,7 +86,7 @@ def evaluate(folder, names, mesh=None, quantize=None):
           f"perplexity {math.exp(min(loss, 700)):.4g}")
     if quantize:
         print(f"{quantize}: {rounded[0]:.4f} nats, {rounded[0] - loss:+.4f}; kurtosis of "
-              f"activations: mean {np.mean(kurtosis):.3g}, largest {max(kurtosis):.3g}, behind "
+              f"activations, 1 or more: mean {np.mean(kurtosis):.3g}, largest {max(kurtosis):.3g}, behind "
               f"block {np.argmax(kurtosis) + 1}")
 
 
