@@ -86,8 +86,8 @@ def evaluate(folder, names, mesh=None, quantize=None):
           f"perplexity {math.exp(min(loss, 700)):.4g}")
     if quantize:
         print(f"{quantize}: {rounded[0]:.4f} nats, {rounded[0] - loss:+.4f}; kurtosis of "
-              f"activations, 1 or more: mean {np.mean(kurtosis):.3g}, largest {max(kurtosis):.3g}, behind "
-              f"block {np.argmax(kurtosis) + 1}")
+              f"activations, 1 or more: mean {np.mean(kurtosis):.3g}, largest "
+              f"{max(kurtosis):.3g}, behind block {np.argmax(kurtosis) + 1}")
 
 
 def export(folder, path):
