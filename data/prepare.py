@@ -49,7 +49,6 @@ PIECE = 2**20    # bytes of text that tiktoken gets at once: the longer a word, 
 OWN, OF_EACH = 2**29, 2**28    # bytes of memory, about, of this process and of each other one
 LINE = 2**26     # bytes of a line of JSON, which must be in memory as a whole
 BLOCK = 2**21    # tokens, or documents, in memory at once while duplicates are dropped
-JSON_LINES = (".json", ".jsonl", ".ndjson")
 POINTER = b"version https://git-lfs.github.com/spec/"                    # of Git LFS, not the file
 WIKITEXT = re.compile(r"wiki\..*\.(tokens|raw)")
 # Of an article; those of sections have " = = ".
@@ -193,7 +192,7 @@ def pieces(sources, text_key, damaged=None):
             with open(path, "rb") as file:
                 require(not file.peek(64).startswith(POINTER),
                         f"{path} is a Git LFS pointer, not the file: git lfs pull")
-                first, is_json = True, unpacked(path).suffix.lower() in JSON_LINES
+                first, is_json = True, unpacked(path).suffix.lower() in encodings.JSON_LINES
                 position = file.tell if file.seekable() else int     # of a pipe it is not known
                 try:
                     for number, (raw, last) in enumerate(split_file(path, file, text_key), 1):
@@ -247,7 +246,7 @@ def split_file(path, file, text_key):
 
 def split(path, name, file, text_key):
     """As split_file, of what is not compressed: a file of this name."""
-    if name.suffix.lower() in JSON_LINES:
+    if name.suffix.lower() in encodings.JSON_LINES:
         for number, line in enumerate(iter(lambda: file.readline(LINE), b""), 1):
             require(len(line) < LINE, f"line {number} of {path} is longer than {LINE:,} bytes")
             yield line, True

@@ -218,6 +218,20 @@ def test_links_are_followed_and_what_they_lead_to_counts_once(tmp_path):
         inside / "a", inside / "same"]                              # what is named is meant
 
 
+def test_what_is_no_text_is_refused_by_name_and_left_out_of_folders(tmp_path, capsys):
+    """JSON, whatever its case, is for data/prepare.py; what cannot be read is no such thing."""
+    for name, content in dict(a=b"words", b=b"a\0b", c=b"\xff\xfe!", d=b"more").items():
+        (tmp_path / f"{name}.txt").write_bytes(content)
+    (tmp_path / "e.JSONL").write_text('{"text": "x"}')
+    assert encodings.read_texts(str(tmp_path)) == ["words", "more"]
+    assert "3 files that are JSON or no text" in capsys.readouterr().out
+    for name in ("b.txt", "c.txt", "e.JSONL"):
+        with pytest.raises(ValueError, match="is not|is JSON"):
+            encodings.read_texts(f"{tmp_path / 'a.txt'},{tmp_path / name}")
+    with pytest.raises(ValueError, match="no text found"):
+        encodings.read_texts(str(tmp_path / "*.JSONL"))
+
+
 def test_a_home_and_a_comma_in_a_name(tmp_path, monkeypatch):
     """~ in any place of a list; a name with a comma where there is such a file."""
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -14,7 +14,7 @@ import numpy as np
 import tiktoken
 
 from ..errors import require
-from .encoding import dtype, encode_files, find_files, load_encoding, read_text, unpack_encoding
+from .encoding import dtype, encode_files, load_encoding, read_texts, unpack_encoding
 
 PREPARED = 2                                          # the format that data/prepare.py writes
 MANY = 20                                             # files: some of them are set aside whole
@@ -83,7 +83,7 @@ def read_tokens(names, encoding=None, whole=False):
         return read_prepared(Path(folder), manifest, encoding)
     if not isinstance(encoding, tiktoken.Encoding):
         encoding = load_encoding(encoding or str(RANKS))
-    texts = [read_text(path) for path in find_files(names)]
+    texts = read_texts(names)
     parts = [texts] if whole else set_aside(texts)
     tokens, *validation = (encode_files(part, encoding) for part in parts)
     if not validation:

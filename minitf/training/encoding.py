@@ -15,6 +15,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 from ..errors import require
 
 RANK_FILE_BYTES = 2**26                               # the largest in use has 2**22
+JSON_LINES = ".json", ".jsonl", ".ndjson"
 END = "<|endoftext|>"                                 # what ends a document
 
 # --- Text --------------------------------------------------------------------------------
@@ -22,13 +23,11 @@ END = "<|endoftext|>"                                 # what ends a document
 def find_files(names):
     """Files, folders (all in them but hidden files) and globs -> paths, sorted within each.
 
-    names: a list, or as one text with commas between them, unless that is a path itself. ~ is the
-    home. Links are followed; what several lead to in a folder or glob counts once.
+    names: a list, or one text, as `split_names`. Links are followed; what several lead to in a
+    folder or glob counts once.
     """
-    if isinstance(names, str):
-        names = [names] if os.path.exists(os.path.expanduser(names)) else names.split(",")
     paths = []
-    for name in map(os.path.expanduser, filter(None, names)):
+    for name in split_names(names):
         path = Path(name)
         if path.is_dir():
             found = once(sorted(files_in(path)))
@@ -41,6 +40,16 @@ def find_files(names):
         paths += found
     require(paths, "data must name at least one file, folder or glob")
     return paths
+
+
+def split_names(names):
+    """A list of names, or one text with commas between them, unless that is a path itself.
+
+    ~ is the home.
+    """
+    if isinstance(names, str):
+        names = [names] if os.path.exists(os.path.expanduser(names)) else names.split(",")
+    return [*map(os.path.expanduser, filter(None, names))]
 
 
 def walk(folder):
@@ -83,8 +92,33 @@ def once(paths):
     return list(first.values())
 
 
+class NotText(ValueError):
+    """A file has something else than text."""
+
+
+def read_texts(names):
+    """The texts of what `find_files` finds.
+
+    A named file that is no text is refused. In a folder such files are left out, and counted.
+    """
+    named, texts, others = {*map(Path, split_names(names))}, [], 0
+    for path in find_files(names):
+        try:
+            if path.suffix.lower() in JSON_LINES:
+                raise NotText(f"{path} is JSON: data/prepare.py makes a corpus of it")
+            texts.append(read_text(path))
+        except NotText:
+            if path in named:
+                raise
+            others += 1
+    if others:
+        print(f"note: {others} files that are JSON or no text are left out")
+    require(texts, f"no text found at {names}")
+    return texts
+
+
 def read_text(path):
-    """The file's text, without a byte order mark; ValueError where there is no UTF-8 text.
+    """The file's text, without a byte order mark; NotText where there is no UTF-8 text.
 
     It is opened once, as a pipe can be, and read no further than to the first NUL.
     """
@@ -92,11 +126,12 @@ def read_text(path):
     try:
         with open(path, "rb") as file:
             for piece in iter(partial(file.read, 2**20), b""):
-                require(b"\0" not in piece, f"{path} is not text: it has NUL characters")
+                if b"\0" in piece:
+                    raise NotText(f"{path} is not text: it has NUL characters")
                 pieces.append(piece)
         return b"".join(pieces).decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8 text") from None
+        raise NotText(f"{path} is not UTF-8 text") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
 
