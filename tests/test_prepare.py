@@ -4,6 +4,7 @@ What is half done or damaged is never believed.
 """
 import bz2
 import gzip
+import hashlib
 import importlib.util
 import json
 import lzma
@@ -457,7 +458,7 @@ def test_folders_of_damaged_bytes(prepared, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["cut", "longer", "swapped", "gone", "tables", "manifest",
-                                    "lies", "byte", "brackets"])
+                                    "lies", "foreign", "byte", "brackets"])
 def test_damaged_folders_are_refused(prepared, tmp_path, capsys, damage):
     for path in prepared.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -476,8 +477,13 @@ def test_damaged_folders_are_refused(prepared, tmp_path, capsys, damage):
         tokens.unlink()
     else:
         lie = {"encoding": 1, "pattern": "(", "special": []}
-        saved.update({"manifest": {"files": None}, "lies": {"encoding": lie}}[damage])
-        manifest.write_text(json.dumps(saved))
+        strange = np.full(len(content) // 2, 1025, "<u2").tobytes()
+        file = {"bytes": len(strange), "sha256": hashlib.sha256(strange).hexdigest()}
+        saved.update({"manifest": {"files": None}, "lies": {"encoding": lie}, "foreign": {
+            "files": saved["files"] | {"tokens.bin": file}}}[damage])
+        if damage == "foreign":
+            tokens.write_bytes(strange)
+        manifest.write_text(json.dumps(saved | {"sha256": data.checksum_of(saved)}))
     assert str(tmp_path) in refusal(capsys, main, *TINY, "--data", tmp_path)
 
 

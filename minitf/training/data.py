@@ -49,7 +49,9 @@ def load(config, length, encoding=None):
     tokens, end, counts, encoding, checksum, held_out = read_tokens(
         names, encoding or config.encoding)
     long = checksum and tokens.nbytes > CHECKED
-    verify = check_whole(os.path.expanduser(names), tokens, checksum) if long else lambda: None
+    verify = lambda: None
+    if long:
+        verify = check_whole(os.path.expanduser(names), tokens, checksum, encoding.n_vocab)
     validation, validation_counts = tokens[end:], counts[1]
     if val_data:
         end, counts, held_out = len(tokens), counts.sum(0)[None], "val-data"
@@ -157,6 +159,8 @@ def read_prepared(folder, manifest, encoding):
         found = hashlib.sha256(tokens).hexdigest() if whole else sample_checksum(tokens)
         require(found == files["tokens.bin"]["sha256" if whole else "sample"],
                 "tokens.bin is not what was written")
+        require(not (whole and foreign(tokens, own.n_vocab)),
+                "tokens.bin has tokens that its encoding lacks")
         end, checksum = int(counts[0].sum()), files["tokens.bin"]["sha256"]
         require(counts.shape == (2, own.n_vocab) and counts.sum() == len(tokens),
                 "its counts are not those of its tokens")
@@ -174,17 +178,20 @@ def read_prepared(folder, manifest, encoding):
     return tokens, *split(tokens, counts[0]), own, checksum, LAST
 
 
-def check_whole(folder, tokens, checksum):
+def check_whole(folder, tokens, checksum, vocabulary):
     """Begins to read all tokens beside what else is done.
 
-    Returns a function that raises ValueError if they turned out not to be what was written.
+    Returns a function that raises ValueError if they turned out not to be what was written, or none
+    of the vocabulary's.
     """
-    found, content = [], tokens.view(np.uint8)
+    found, content, piece = [], tokens.view(np.uint8), 2**26
 
     def read():
         digest, began, said = hashlib.sha256(), time.monotonic(), False
-        for start in range(0, len(content), 2**26):
-            digest.update(content[start:start + 2**26])
+        for start in range(0, len(content), piece):
+            digest.update(content[start:start + piece])
+            if foreign(content[start:start + piece].view(tokens.dtype), vocabulary):
+                found.append("foreign")
             if not said and time.monotonic() - began > SAID_AFTER:
                 said = True
                 print(f"note: {folder}/tokens.bin is being checked, {start / len(content):.0%} "
@@ -194,6 +201,11 @@ def check_whole(folder, tokens, checksum):
     threading.Thread(target=read, daemon=True).start()
     return lambda: require(found in ([], [checksum]),
                            f"{folder}/tokens.bin is not what was written; prepare it again")
+
+
+def foreign(tokens, vocabulary):
+    """Whether any is none of the vocabulary's."""
+    return len(tokens) > 0 and tokens.max() >= vocabulary
 
 
 def sample_checksum(tokens):
