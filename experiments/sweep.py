@@ -174,7 +174,8 @@ def measured(lines):
     return dict(validation_loss=of_last("val_loss"), bits_per_byte=of_last("val_bits_per_byte"),
                 gradient_ratio=max(norms[500:]) / norms[500] if len(norms) > 501 else None,
                 tokens_per_second=float(np.median([line["tokens_per_second"] for line in steps])),
-                mean_square=of_last("mean_square"), kurtosis=of_last("kurtosis"), **curves.summary(lines, 120))
+                mean_square=of_last("mean_square"), kurtosis=of_last("kurtosis"),
+                **curves.summary(lines, 120))
 
 
 # --- What came out ----------------------------------------------------------------------

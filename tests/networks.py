@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from minitf import resolve
 from minitf.cli import inspection
-from minitf.network import model
+from minitf.network import decode, model
 from minitf.network.init import init as make_parameters
 from minitf.network.operations import REFERENCE
 from minitf.theory import kernels as theory, spa
@@ -60,6 +60,19 @@ def stirred(params, seed, size=0.3):
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     moved = [leaf + size * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys)]
     return jax.tree.unflatten(tree, moved)
+
+
+def decoded(params, constants, tokens, config, at_once=5, spare=0):
+    """Logits (T, V) by decoding: the first tokens together, padded with `spare`, then one by one."""
+    cache, layers = decode.empty_cache(config), decode.layers(params, constants, config)
+    padded = np.where(np.arange(len(tokens)) < at_once, tokens, spare).astype(np.int32)
+    logits, cache = decode.decode(params, layers, cache, padded, 0, config)
+    got = [*logits[:at_once]]
+    for place in range(at_once, len(tokens)):
+        one = tokens[place:place + 1]
+        logits, cache = decode.decode(params, layers, cache, one, place, config)
+        got.append(logits[0])
+    return np.array(got)
 
 
 def random_tokens(seed, *shape):

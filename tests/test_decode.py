@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
+from networks import decoded
 
 from minitf import attention_constants, forward, init, resolve
 from minitf.cli import use
@@ -59,15 +60,8 @@ def test_decoding_equals_the_forward_pass(attn, position, data):
                       np.int32)
     at_once = data.draw(st.integers(1, 5))
     expected = forward(params, constants, tokens, config)
-    padded = np.where(np.arange(6) < at_once, tokens, 3).astype(np.int32)
-    cache, layers = decode.empty_cache(config), decode.layers(params, constants, config)
-    logits, cache = decode.decode(params, layers, cache, padded, 0, config)
-    got = list(logits[:at_once])
-    for place in range(at_once, 6):
-        one = tokens[place:place + 1]
-        logits, cache = decode.decode(params, layers, cache, one, place, config)
-        got.append(logits[0])
-    np.testing.assert_allclose(jnp.stack(got), expected, atol=2e-5, rtol=2e-5)
+    got = decoded(params, constants, tokens, config, at_once, spare=3)
+    np.testing.assert_allclose(got, expected, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("attn", ["espa", "identity_skip"])

@@ -109,8 +109,8 @@ OTHERS = dict(                                             # two values each: on
     lr_mult_qk=(3.3, 1.0), lr_mult_vo=(3.3, 1.0), weight_decay=(0.77, 0.0),
     decay_groups=("vo", "qk"), orthogonal_pull=(0.77, 0.0), pull_groups=("mlp", "vo"),
     lr_mult_path=(0.77, 1.0), query_init=("near-identity", "gaussian"),
-    objective=("mlm", "clm"), identity_values=(True, False), qk_norm=(True, False), mlp_alpha=(0.2, 0.0),
-    mlp_beta=(0.98, 1.0), trained_weights=(True, False), parallel=(True, False),
+    objective=("mlm", "clm"), identity_values=(True, False), qk_norm=(True, False),
+    mlp_alpha=(0.2, 0.0), mlp_beta=(0.98, 1.0), trained_weights=(True, False), parallel=(True, False),
     data=("a", None), val_data=("b", None), encoding=("c", None))
 NOT_ALLOWED = {
     ("identity-skip", "alpha"): "identity-skip needs", ("identity-skip", "attn"): "needs attn espa",
@@ -119,7 +119,7 @@ NOT_ALLOWED = {
     ("preln", "transform"): "alpha^2", ("preln", "parallel"): "parallel needs alpha 0",
     **{(preset, name): "alpha^2" for preset in ("paper", "normless")
        for name in ("mlp_alpha", "mlp_beta")},
-    ("identity-skip", "identity_values"): "goes neither with", 
+    ("identity-skip", "identity_values"): "goes neither with",
     ("identity-skip", "trained_weights"): "nor with trained-weights",
     **{(preset, name): said for preset in ("isometric", "paper", "normless", "identity-skip")
        for name, said in dict(parallel="parallel does not go", query_init="needs query-init zero",

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
-from networks import D, EPS32, T, V, random_tokens, stirred
+from networks import D, EPS32, T, V, decoded, random_tokens, stirred
 
 from minitf import attention_constants, forward, resolve
-from minitf.network import decode, fast, init as starts, model, objectives, operations, quantize
+from minitf.network import fast, init as starts, model, objectives, operations, quantize
 from minitf.network.operations import REFERENCE
 from minitf.cli import main
 from minitf.training import checkpoint, optimizer, train
@@ -151,15 +151,9 @@ def test_decoding_and_what_is_fast_equal_the_forward_pass(name):
     params, constants, tokens = stirred(params, 1, 0.1), attention_constants(config), \
         random_tokens(2)
     expected = forward(params, constants, tokens, config)
-    cache, layers = decode.empty_cache(config), decode.layers(params, constants, config)
-    padded = np.where(np.arange(T) < 5, tokens, 0).astype(np.int32)
-    logits, cache = decode.decode(params, layers, cache, padded, 0, config)
-    got = list(logits[:5])
-    for place in range(5, T):
-        logits, cache = decode.decode(params, layers, cache, tokens[place:place + 1], place, config)
-        got.append(logits[0])
+    got = decoded(params, constants, tokens, config)
     wrong = 6 * config.depth * np.sqrt(4 * D) * EPS32 * np.max(np.abs(expected))
-    assert np.max(np.abs(jnp.stack(got) - expected)) <= wrong
+    assert np.max(np.abs(got - expected)) <= wrong
     windows = np.concatenate([tokens, tokens[:1]])[None]
     plain, quick = (objectives.token_losses(params, constants, windows, config, ops)
                     for ops in (REFERENCE, fast.operations(config, "cpu")))

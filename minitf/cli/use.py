@@ -66,8 +66,8 @@ def evaluate(folder, names, mesh=None, quantize=None):
     if config.objective == "mlm":                                 # of whole windows
         require(len(tokens) > config.length, f"the text must have more than {config.length} tokens")
         tokens = tokens[:(len(tokens) - 1) // config.length * config.length + 1]
-    lengths, nats, total, count = byte_lengths(encoding), np.zeros(len(precisions)), 0, \
-        len(tokens) - 1
+    lengths, count = byte_lengths(encoding), len(tokens) - 1
+    nats, total = np.zeros(len(precisions)), 0
     with sharding.use(mesh, saved.settings):
         _, params, constants, _ = checkpoint.model_of(saved)
         for span in data.spans(tokens, 64 * size * config.length):

@@ -7,8 +7,8 @@ import numpy as np
 import optax
 
 from ..network import fast, objectives
-from ..network.quantize import few_bits
 from ..network.operations import REFERENCE
+from ..network.quantize import few_bits
 from . import sharding
 from .optimizer import make_optimizer
 
