@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tiktoken
 
@@ -77,18 +76,22 @@ def save(folder, checkpoint, best=None):
     ValueError, and nothing written, if anything is not finite or the disk is full.
     """
     step, settings, encoding, digest, params, opt_state = checkpoint
-    state = {"params": params, "opt_state": opt_state}
-    for name, finite in named_leaves(jax.device_get(all_finite(state))):
-        require(finite, f"{name} is not finite after step {step}: not saved")
     pairs, names = pack_encoding(encoding)
     meta = {"format": FORMAT, "step": step, "settings": asdict(settings), "digest": digest, **names}
-    arrays = {**dict(named_leaves(state)), **pairs,
+    arrays = {**dict(named_leaves({"params": params, "opt_state": opt_state})), **pairs,
               "meta": np.frombuffer(json.dumps(meta).encode(), np.uint8)}
+
+    def each():
+        for name in sorted(arrays):
+            array = sharding.fetch(arrays[name])
+            require(np.isfinite(array).all(), f"{name} is not finite after step {step}: not saved")
+            yield name, array
+
     if not sharding.first():
-        for name in sorted(arrays):                    # takes part in bringing them together
-            sharding.fetch(arrays[name])
+        for _ in each():                               # takes part in bringing them together
+            pass
         return
-    write(Path(folder) / f"checkpoint-{step:08}.npz", partial(write_arrays, arrays=arrays))
+    write(Path(folder) / f"checkpoint-{step:08}.npz", partial(write_arrays, arrays=each()))
     older = [path for path in checkpoints(folder) if number(path) <= step][KEPT:]
     older = [path for path in older if number(path) != best]
     leftover = Path(folder).glob("checkpoint-*.part")      # of a process that was killed
@@ -96,22 +99,15 @@ def save(folder, checkpoint, best=None):
         path.unlink(missing_ok=True)
 
 
-@jax.jit
-def all_finite(tree):
-    """Of each leaf, whether all of it is finite."""
-    return sharding.whole(jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), tree))
-
-
 def write_arrays(file, arrays):
-    """As np.savez, arrays one by one, their checksum last."""
+    """As np.savez, of (name, array), one after the other, by name; their checksum last."""
     with zipfile.ZipFile(file, "w") as archive:
         def put(name, array):
             with archive.open(name + ".npy", "w", force_zip64=True) as entry:
                 np.lib.format.write_array(entry, array, allow_pickle=False)
-            return array
+            return name, array
 
-        each = ((name, put(name, sharding.fetch(arrays[name]))) for name in sorted(arrays))
-        put("sha256", checksum(each))
+        put("sha256", checksum(put(*pair) for pair in arrays))
 
 
 def checksum(arrays):
@@ -133,9 +129,10 @@ def write(path, fill):
             os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise ValueError(f"cannot write {path}: {error.strerror}; "
                          "what was saved before is untouched") from None
+    finally:
+        beside.unlink(missing_ok=True)
     try:
         folder = os.open(path.parent, os.O_RDONLY)
         try:
