@@ -8,7 +8,8 @@ FLAGS are run.py's. What the file has is not repeated, and a run that was cut sh
 --random N: of each FLAGS N trials, the first as it is, the others with rates, decay, pull and gamma
 drawn around it. --best K: the K of them that are best in the mean over seeds once more, with the
 flags of --then as well. A run that diverges counts, as the worst.
---together N: so many at a time, each on a GPU of its own, or on its share of the cores.
+--together N: so many at a time, each on a GPU of its own, as far as there are, or on its share of
+the cores. Several on one GPU: one computes while another compiles.
 A report has means and spreads over seeds and, of searches, what the best of k trials comes to.
 """
 import hashlib
@@ -154,11 +155,13 @@ def lines_of(folder):
 
 
 def take_place(place, together):
-    """The environment of a run: the place's own GPU, or this thread on its share of the cores."""
+    """The environment of a run: the place's GPU, or this thread on its share of the cores."""
     cards = os.environ.get("CUDA_VISIBLE_DEVICES")
     if shutil.which("nvidia-smi") and together > 1:
-        cards = cards.split(",") if cards else [*map(str, range(together))]
-        return os.environ | {"CUDA_VISIBLE_DEVICES": cards[place % len(cards)]}
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
+        cards = cards.split(",") if cards else [*map(str, range(max(listed.count("UUID: GPU"), 1)))]
+        shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if together > len(cards) else {}
+        return os.environ | shared | {"CUDA_VISIBLE_DEVICES": cards[place % len(cards)]}
     if together > 1 and hasattr(os, "sched_setaffinity"):         # what it runs inherits it
         cores = sorted(os.sched_getaffinity(os.getpid()))
         os.sched_setaffinity(0, cores[place % len(cores)::together])

@@ -20,9 +20,16 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # Threads of many small QR decompositions wait for each other where other processes work.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import pytest                                              # noqa: E402
 from hypothesis import settings                            # noqa: E402
 
 settings.register_profile("quick", max_examples=20, deadline=None)
 settings.register_profile("ci", max_examples=15, deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("search", max_examples=2000, deadline=None, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "quick")
+
+
+@pytest.fixture
+def no_sample(monkeypatch):
+    """Runs in this process end without a sample, whose programs take a second to compile."""
+    monkeypatch.setattr("minitf.cli.loop.show_sample", lambda *_: None)

@@ -25,7 +25,7 @@ from minitf.cli.main import main
 from minitf.training import checkpoint, data, train
 
 ROOT = Path(__file__).parents[1]
-TINY = ("--depth 2 --width 8 --heads 2 --length 8 --batch 2 --steps 400 --save-every 20 "
+TINY = ("--depth 2 --width 8 --heads 2 --length 8 --batch 2 --steps 200 --save-every 20 "
         "--attn softmax --act tanh --mlp-init orthogonal --transform tat --tau 0.05 "
         "--position none").split()
 PHASES = ["write", "flush", "before rename", "after rename", "before removing", "metrics"]
@@ -146,8 +146,8 @@ def test_killed_at_any_point_and_resumed_ends_the_same(launch, whole, tmp_path):
     folder, arguments = tmp_path / "run-0", [*TINY, "--out", tmp_path / "run-0"]
     phases = PHASES if kills > 1 else PHASES[::2]
     for number, phase in enumerate((phases + ["random"]) * kills):
-        if arguments[0] == "--resume" and step_of(folder) >= 300:  # nearly done: begin another
-            assert step_of(folder) == 400 or finish(launch(*arguments))[0] == 0
+        if arguments[0] == "--resume" and step_of(folder) >= 150:  # nearly done: begin another
+            assert step_of(folder) == 200 or finish(launch(*arguments))[0] == 0
             assert_same(folder, whole)
             folder = tmp_path / f"run-{number}"
             arguments = [*TINY, "--out", folder]
@@ -165,7 +165,7 @@ def test_killed_at_any_point_and_resumed_ends_the_same(launch, whole, tmp_path):
         assert status == -signal.SIGKILL, (phase, status, errors)
         counts[phase] = counts.get(phase, 0) + 1
         arguments = ["--resume", folder]
-    if step_of(folder) < 400:              # else killed after its last checkpoint: nothing is left
+    if step_of(folder) < 200:              # else killed after its last checkpoint: nothing is left
         status, _, errors = finish(launch(*arguments))
         assert status == 0, errors
     assert_same(folder, whole)
@@ -263,18 +263,18 @@ def test_resuming_refuses_by_name_and_continues_with_more_steps(launch, copy, ca
     line = refusal(capsys, "--resume", copy, "--width", 16, "--depth", 2)
     assert "--width" in line and "--depth" not in line
     assert "trained" in refusal(capsys, "--resume", copy)
-    assert "data" in refusal(capsys, "--resume", copy, "--steps", 404, "--data", data.RANKS)
+    assert "data" in refusal(capsys, "--resume", copy, "--steps", 204, "--data", data.RANKS)
     newest = checkpoint.checkpoints(copy)[0]
     newest.write_bytes(newest.read_bytes()[:-100])
-    status, _, errors = finish(launch("--resume", copy, "--steps", 404, "--learning-rate", 1e-4))
+    status, _, errors = finish(launch("--resume", copy, "--steps", 204, "--learning-rate", 1e-4))
     assert status == 0 and errors.count("\n") == 1 and "falling back" in errors, errors
-    assert [line["step"] for line in lines(copy) if "loss" in line] == list(range(404))
+    assert [line["step"] for line in lines(copy) if "loss" in line] == list(range(204))
     assert checkpoint.newest(copy)[0].settings.training.learning_rate == 1e-4
 
 
 def test_a_full_disk_leaves_what_was_saved(copy):
     before = {path: path.read_bytes() for path in checkpoint.checkpoints(copy)}
-    state = checkpoint.newest(copy)[0]._replace(step=402)
+    state = checkpoint.newest(copy)[0]._replace(step=202)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]))
     try:

@@ -16,6 +16,7 @@ from minitf.cli import host, loop
 from minitf.cli.main import main, prepare_streams
 from minitf.training import checkpoint, encoding as encodings
 
+pytestmark = pytest.mark.usefixtures("no_sample")
 TINY = "--preset preln --depth 2 --width 8 --heads 2 --length 8 --batch 2 --steps 3".split()
 
 

@@ -293,7 +293,7 @@ def prepared(tmp_path_factory):
     return make(folder, folder / "lines.jsonl", validation_share=0.2)
 
 
-def test_a_run_trains_resumes_and_is_evaluated(prepared, tmp_path, capsys):
+def test_a_run_trains_resumes_and_is_evaluated(no_sample, prepared, tmp_path, capsys):
     main([*TINY, "--data", str(prepared), "--out", str(tmp_path / "whole"), "--steps", "4",
           "--save-every", "2"])
     output = capsys.readouterr().out

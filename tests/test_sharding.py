@@ -123,7 +123,7 @@ def test_what_one_process_refuses_ends_both(tmp_path):
 
 def test_a_signal_to_either_process_stops_both_and_both_go_on_to_the_end(tmp_path):
     """Evaluations of many batches included; one device can use what comes out."""
-    processes = two(tmp_path, "--steps", "2000", "--save-every", "10")
+    processes = two(tmp_path, "--steps", "2000", "--save-every", "10", "--objective", "mlm")
     wait_for(tmp_path, 10, processes)
     processes[1].send_signal(signal.SIGTERM)
     ends = [each.communicate(timeout=60) for each in processes]

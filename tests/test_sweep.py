@@ -20,7 +20,7 @@ TINY = "--depth 2 --width 8 --heads 2 --length 8 --batch 2 --steps 4 --save-ever
 
 
 @pytest.fixture
-def calls(monkeypatch):
+def calls(no_sample, monkeypatch):
     """run.py in this process; the arguments of each run."""
     made = []
 
@@ -30,7 +30,6 @@ def calls(monkeypatch):
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(sweep.subprocess, "run", run)
-    monkeypatch.setattr("minitf.cli.loop.show_sample", lambda *_: None)
     return made
 
 
@@ -138,9 +137,8 @@ def test_what_is_no_setting_is_no_flag_of_a_sweep(flags):
         sweep.parse("--depth 2 " + flags)
 
 
-def test_a_run_begins_with_anothers_weights(tmp_path, monkeypatch, capsys):
+def test_a_run_begins_with_anothers_weights(no_sample, tmp_path, capsys):
     """Its network and its first loss are the other's; flags of another network are refused."""
-    monkeypatch.setattr("minitf.cli.loop.show_sample", lambda *_: None)
     first, second = str(tmp_path / "first"), str(tmp_path / "second")
     main([*TINY.split(), "--preset", "preln", "--steps", "60", "--out", first])
     more = "--steps", "3", "--batch", "2", "--learning-rate", "1e-9"

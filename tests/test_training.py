@@ -334,3 +334,15 @@ def test_other_numbers_compile_nothing_anew():
         losses.add(float(metrics["loss"]))
     assert train.train_step._cache_size() == before + 1
     assert len(losses) == 4
+
+
+@pytest.mark.parametrize("flags", [
+    *(dict(preset=name) for name in PRESETS), dict(preset="preln", norm="dyt"),
+    dict(preset="preln", norm="derf"), dict(attn="vskip")], ids=str)
+def test_what_begins_has_the_types_of_what_a_step_gives(flags):
+    """A weak type at the start would compile the step, and the evaluation, once more."""
+    settings = resolve(**{**SHAPE, **flags})
+    params = jax.eval_shape(partial(init, config=settings.model, vocabulary=50),
+                            jax.random.key(0))
+    state = jax.eval_shape(optimizer.make_optimizer(settings.training.optimizer).init, params)
+    assert not any(leaf.weak_type for leaf in jax.tree.leaves((params, state)))

@@ -41,14 +41,12 @@ def test_activations_are_held_against_those_at_the_start():
     assert seen.activations(7, [1.0, 1e9, 1.0]) is None
 
 
-def test_a_run_that_explodes_says_so_and_shows_where(tmp_path, capsys):
+def test_a_run_that_explodes_says_so_and_shows_where(no_sample, tmp_path, capsys):
     """A warning, the gradient norm in the progress line, and --inspect of what it became.
 
     How it explodes, and which of the two warnings comes first, is chaos.
     """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minitf.cli.loop.show_sample", lambda *_: None)
-        main([*RUINED, "--out", str(tmp_path / "run")])
+    main([*RUINED, "--out", str(tmp_path / "run")])
     said = capsys.readouterr().out
     warnings = [each for each in said.splitlines() if each.startswith("warning: ")]
     assert 1 <= len(warnings) <= 2 and all("block" in each for each in warnings), said

@@ -93,9 +93,10 @@ def evaluate(folder, names, mesh=None, quantize=None):
 def export(folder, path):
     """Writes the weights of a run's newest checkpoint as .safetensors.
 
-    Names are those of the parameters, as blocks.value, of the constants, as constants.slope, and
-    of the encoding's arrays, as encoding.ranks. The metadata, JSON, are the ModelConfig, the
-    activation as `Activation` has it, and the encoding's name, pattern and special tokens.
+    Names are those of the parameters, as blocks.value: `init` has their shapes; of the constants,
+    as constants.slope: `attention_constants` says what B they make; and of the encoding's arrays,
+    as encoding.ranks. The metadata, JSON, are the ModelConfig, the activation as `Activation` has
+    it, and the encoding's name, pattern and special tokens.
     """
     try:
         from safetensors.numpy import save

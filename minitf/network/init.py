@@ -16,6 +16,11 @@ def init(key: jax.Array, config, vocabulary: int) -> dict:
     """The parameters of a ModelConfig for so many tokens: a nested dict of arrays.
 
     key: of jax.random. ValueError unless the vocabulary has a token.
+
+    "embed" (V, d), "head" (d, V); learned positions: "position" (T, d); norms: "norm" (d,).
+    "blocks", each (L, ...): "query", "key", "value", "output" (d, d), "up" (d, 4 d), "down"
+    (4 d, d), all applied as x @ W; head h has the columns h k to (h + 1) k of the first three.
+    Norms: "norm1", "norm2" (d,). What a family trains, (H,). With objective mlm V masks one.
     """
     require(isinstance(vocabulary, int) and vocabulary > 0,
             f"vocabulary must be an integer of at least 1, not {vocabulary!r}")
@@ -53,7 +58,7 @@ def init(key: jax.Array, config, vocabulary: int) -> dict:
         params["norm"] = NORM_STARTS[config.norm](d)
     if config.position == "learned":
         params["position"] = jax.random.normal(keys["position"], (config.length, d))
-    return params
+    return jax.tree.map(jnp.float32, params)      # weak types would compile each program twice
 
 
 def path_sizes(config):

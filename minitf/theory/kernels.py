@@ -118,8 +118,9 @@ def position_scale(config):
 def attention_constants(config) -> dict[str, np.ndarray]:
     """The constants of attention, {name: float32 array}; {} for families that have none.
 
-    "row_scale": D, (L, H, T). What B is made of: "slope", "first_key_bias" and "self_bias" of
-    E-SPA, (L, H); else "bias", (L, H, T, T). 1 for H: the same for all heads. identity_skip:
+    "row_scale": D, (L, H, T). What B is made of: of E-SPA "slope", "first_key_bias", "self_bias",
+    (L, H), B_ij = -slope (i - j) + first_key_bias [j = 0] + self_bias [i = j], j <= i; else "bias",
+    B itself, (L, H, T, T). 1 for H: the same for all heads. identity_skip:
     "skip_scale" too, c / n of A = c I + P, (L, T), and D and B are of what A has beyond c I.
     """
     attention = family(config)

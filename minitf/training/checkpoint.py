@@ -128,11 +128,11 @@ def write(path, fill):
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror}; "
-                         "what was saved before is untouched") from None
-    finally:
+    except (OSError, ValueError) as error:             # ValueError: what there is no saving of
         beside.unlink(missing_ok=True)
+        problem = getattr(error, "strerror", None)
+        require(not problem, f"cannot write {path}: {problem}; what was saved before is untouched")
+        raise
     try:
         folder = os.open(path.parent, os.O_RDONLY)
         try:
