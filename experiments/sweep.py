@@ -243,8 +243,9 @@ def report(files, plot):
                   * long))
     for search, group in searches_of(records).items():
         losses = [*map(loss, group)]
-        print(f"\nThe best of k of {len(group)} trials around `{label(json.loads(search), [])}`:\n")
-        counts = [k for k in (1, 2, 4, 8, 16, 32, 64) if k <= len(group)]
+        around = shlex.join(arguments(json.loads(search)))
+        print(f"\nThe best of k of {len(group)} trials around `{around}`:\n")
+        counts = sorted({k for k in (1, 2, 4, 8, 16, 32, 64) if k < len(group)} | {len(group)})
         print(header("k", *counts))
         print(row("loss", *(f"{best_of(losses, k):.3f}" for k in counts)))
     if plot:

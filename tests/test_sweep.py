@@ -101,7 +101,7 @@ def test_the_best_of_k_is_the_mean_over_all_choices(losses, k):
 def test_the_tables_that_are_kept_can_be_printed(capsys):
     for name in ("trials", "long", "laptop", "ladder"):
         sweep.report([sweep.HERE / f"{name}.jsonl"], None)
-        rows = capsys.readouterr().out.splitlines()[4:]
+        rows = capsys.readouterr().out.split("\n\n")[1].splitlines()[2:]
         assert len(rows) > 5 and all(row.startswith("| `") for row in rows), name
 
 
