@@ -23,10 +23,22 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import pytest                                              # noqa: E402
 from hypothesis import settings                            # noqa: E402
 
+from minitf.training import data                           # noqa: E402
+
 settings.register_profile("quick", max_examples=20, deadline=None)
 settings.register_profile("ci", max_examples=15, deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("search", max_examples=2000, deadline=None, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "quick")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def little_text(tmp_path_factory):
+    """Runs in this process read a tenth of the included text: to encode all of it takes a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        text = tmp_path_factory.mktemp("text") / "shakespeare.txt"
+        text.write_text(data.TEXT.read_text()[:500_000])
+        patch.setattr(data, "TEXT", text)
+        yield
 
 
 @pytest.fixture
