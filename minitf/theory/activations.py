@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
 import numpy as np
-import scipy.special
-from scipy.optimize import brentq, root
+import scipy                       # whose parts are imported where they are first used
 
 from ..errors import OutOfReach, require, require_one_of
 
@@ -139,7 +138,9 @@ def tat_leaky(eta, depth, alpha, beta):
     if most < eta - 1e-12:
         raise OutOfReach(f"eta = {eta:g} is out of reach: the most that depth {depth} with alpha = "
                          f"{alpha:g} attains is {most:.6g}", "eta", most)
-    slope = brentq(lambda s: attained(s) - eta, 0.0, 1.0, xtol=1e-14) if most > eta else 0.0
+    slope = 0.0
+    if most > eta:
+        slope = scipy.optimize.brentq(lambda s: attained(s) - eta, 0.0, 1.0, xtol=1e-14)
     return Activation("leaky_relu", slope, output_scale=np.sqrt(2 / (1 + slope**2)))
 
 
@@ -263,7 +264,7 @@ def meet(name, conditions, target):
     found = []
     for i in np.flatnonzero(along[:-1] * along[1:] <= 0):
         b = (SHIFTS[i] * along[i + 1] - SHIFTS[i + 1] * along[i]) / (along[i + 1] - along[i])
-        solution = root(residual, (np.log(SCALES[at[i]]), b), tol=1e-13)
+        solution = scipy.optimize.root(residual, (np.log(SCALES[at[i]]), b), tol=1e-13)
         a, b = np.exp(solution.x[0]), solution.x[1]
         if np.max(np.abs(residual(solution.x))) > 1e-9:
             continue

@@ -13,7 +13,7 @@ First the definition, then the same in closed form, then in O(T). A is handled b
 its entries fall below what a float64 can hold.
 """
 import numpy as np
-from scipy.linalg import solve_banded
+import scipy
 
 from ..errors import require
 
@@ -175,7 +175,7 @@ def espa_matvec(gamma_in, gamma_out, x):
     ratio = np.exp(exponential_entries(gamma_in, gamma_out)[0])
     right = np.concatenate([x[:1], ratio * (x[1:] - np.exp(-gamma_in) * x[:-1])])
     bands = np.ones((2, len(x))) * [[1.0], [-np.exp(-gamma_out)]]
-    return solve_banded((1, 0), bands, right)
+    return scipy.linalg.solve_banded((1, 0), bands, right)
 
 
 def espa_identity_part(gamma_in, gamma_out):
