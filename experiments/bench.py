@@ -23,7 +23,7 @@ import numpy as np
 from records import HERE                               # noqa: F401: minitf is importable with it
 
 from minitf import attention_constants, init, resolve
-from minitf.cli.loop import keep_freed_memory
+from minitf.cli.host import keep_freed_memory
 from minitf.cli.main import MODES, PROCESSES, make_parser
 from minitf.network import decode, fast
 from minitf.training import data, optimizer, sharding, train

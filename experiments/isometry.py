@@ -6,8 +6,8 @@
 The kernels of signal-preserving attention and TAT say how alike two tokens' vectors are, in the
 mean over weights. They do not say in how many directions a token's vector can move. Here J_l is
 the derivative of the last position after block l by its own embedding, a d x d matrix, along a
-text (at initialisation random vectors). Its effective rank is the participation ratio
-(sum s^2)^2 / sum s^4 of the singular values s: d where all are equal, 1 where one is all there is.
+text (at initialisation random vectors). Its participation ratio is
+(sum s^2)^2 / sum s^4, of the singular values s: d where all are equal, 1 where one is all there is.
 """
 import jax
 import numpy as np
@@ -67,7 +67,7 @@ def draw(widths):
             ranks = participation_ratio(s)
             print(row(name, width, *some(ranks), f"{s[-1, 0] / s[-1, -1]:.2g}"), flush=True)
             axis.plot(np.arange(len(ranks)) + 1, ranks, style, label=name)
-        axis.set(xlabel="block", ylabel="effective rank of the Jacobian", yscale="log",
+        axis.set(xlabel="block", ylabel="participation ratio of the Jacobian", yscale="log",
                  title=f"width {width}")
     axes[0][0].legend(fontsize="x-small")
     save(picture, HERE / "isometry.png")

@@ -87,7 +87,8 @@ class ModelConfig(Checked):
     rho_first: float = flag("method", "uspa: that of the first kernel, rho_0 (default: the chance "
                             "that two tokens are equal)", low=0, below=1)
     act: str = flag("method", "activation", *NAMES)
-    transform: str = flag("method", "what it is solved for", *TRANSFORMS)
+    transform: str = flag("method", "what it is solved for; none: a mean square of 1 alone, "
+                          "beneath a norm nothing", *TRANSFORMS)
     eta: float = flag("method", "TAT of a leaky ReLU: C_f(0) (default: 0.9)", above=0, below=1)
     zeta: float = flag("method", "DKS: slope of C_f at 1 (default: 1.5)", above=1, high=1e6)
     tau: float = flag("method", "TAT of a smooth activation: curvature of C_f at 1 (default: 0.3)",
@@ -100,7 +101,7 @@ class ModelConfig(Checked):
     position: str = flag("method", "position encoding (default: rope)", "rope", "learned", "none")
     row_scale: str = flag("additions", "D: holds every position at mean square 1, or the paper's "
                           "row sums (default: unit)", "unit", "row-sum")
-    identity_skip: bool = flag("additions", "espa: c of A = c I + P goes past attention, as a skip")
+    identity_skip: bool = flag("additions", "espa: c of A = c I + P is a skip, attention P alone")
     init: str = flag("additions", "initialisation of W^V and W^O", "orthogonal", "gaussian",
                      "orthogonal-3")
     mlp_init: str = flag("additions", "initialisation of the MLPs; orthogonal is the paper's",
@@ -116,13 +117,14 @@ class ModelConfig(Checked):
     mlp_beta: float = flag("successors", "of the MLPs' branches (default: beta)", above=0, high=100)
     trained_weights: bool = flag("successors", "alpha and beta of each block are trained, but for "
                                  "those that are 0")
-    parallel: bool = flag("successors", "attention and MLP both of a block's input, added up; "
-                          "without skips")
+    parallel: bool = flag("successors", "attention and MLP read the same input, their outputs are "
+                          "added; without skips")
     dtype: str = flag("training", "arithmetic (default: bfloat16 on a TPU or an "
                       "NVIDIA GPU of compute capability 8.0 or more, else float32)",
                       "float32", "bfloat16")
-    remat: bool = flag("training", "compute activations again in the backward pass, block by "
-                       "block: less memory, more time")
+    remat: bool = flag("training", "of each block keep its input alone for the backward pass: "
+                       "less memory, more time (default: attention's output too; on a GPU up to "
+                       "48 blocks everything)")
 
     def __post_init__(self):
         super().__post_init__()
@@ -189,11 +191,13 @@ class TrainingConfig(Checked):
     weight_decay: float = flag("additions", "decoupled, times the group's learning rate", low=0)
     decay_groups: str = flag("additions", "whose matrices decay, of qk,vo,mlp")
     lr_mult_path: float = flag("additions", "times the learning rate: what changes the products "
-                               "W^V W^O and W_1 W_2 (default: the preset's, or 1)", low=0)
-    orthogonal_pull: float = flag("additions", "share by which a step brings these products back "
-                                  "to rotations", low=0, high=1)
-    pull_groups: str = flag("additions", "which products, of vo,mlp (default: vo without "
-                             "identity-skip, mlp with mlp-init looks_linear)")
+                               "W^V W^O and W_1 W_2, decay included; changes that leave them "
+                               "alone keep theirs (default: the preset's, or 1)", low=0)
+    orthogonal_pull: float = flag("additions", "share by which each step, whatever its learning "
+                                  "rate, brings these products back to rotations of their size "
+                                  "at the start", low=0, high=1)
+    pull_groups: str = flag("additions", "which products both are about, of vo,mlp (default: vo "
+                             "without identity-skip, mlp with mlp-init looks_linear)")
 
     @property
     def at_once(self):

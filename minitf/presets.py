@@ -11,7 +11,7 @@ LONG = 6000                                # steps up to which one rate serves a
 
 
 class Rates(NamedTuple):
-    """Tuned at 36 blocks of width 64; `scaled` carries them to other sizes."""
+    """Of 36 blocks of width 64; `scaled` carries them to other sizes. Tuned at width 256."""
     learning_rate: float
     embed: float                           # times it: embeddings, positions, final gain, head
     qk: float                              # times it: queries and keys

@@ -1,5 +1,6 @@
 """The order of the house: who may import whom, what needs no JAX, and how wide a line is."""
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -50,3 +51,8 @@ def test_no_line_is_over_100_columns(path):
     wide = [number for number, line in enumerate(path.read_text().splitlines(), 1)
             if len(line) > 100]
     assert not wide, f"lines {wide}"
+
+
+@pytest.mark.parametrize("path", sorted(HOUSE.glob("experiments/*.py")), ids=relative)
+def test_what_an_experiment_imports_is_there(path):
+    importlib.import_module(path.stem)

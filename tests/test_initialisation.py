@@ -85,7 +85,7 @@ def half_block(config):
 
     Even halves are attention without the MLP, with the network's own n; odd ones the MLP alone.
     """
-    maps, n = FAMILIES[config.attn].kernel_maps(config), theory.position_scale(config)
+    maps, n = FAMILIES[config.attn].kernel_maps(config), theory.attended_rms(config)
     correlation_map = theory.network_activation(config).correlation_map
 
     def after(half, kernel):
@@ -198,7 +198,7 @@ def test_whole_networks_make_the_predicted_kernels(flags):
     z = scores(kernels(config) - expected)                           # (L + 1, T, T)
     assert np.max(np.abs(z)) <= limit(samples, z.size)
     if config.attn == "uspa":
-        assert np.allclose(theory.position_scale(config), 1, rtol=1e-9)
+        assert np.allclose(theory.attended_rms(config), 1, rtol=1e-9)
     if config.attn == "espa" and len(set(config.gamma)) == 1:
         paper = settings.replace(row_scale="row-sum").model
         assert kernels(paper).mean(0)[-1, -1, -1] > 1.5

@@ -12,7 +12,7 @@ from minitf.cli.main import main
 from minitf.config import FIELDS, ModelConfig, TrainingConfig
 from minitf.presets import PRESETS, untuned
 from minitf.theory.activations import NAMES
-from minitf.theory.kernels import attention_constants, network_activation, position_scale
+from minitf.theory.kernels import attention_constants, network_activation, attended_rms
 
 RATE, BACKENDS = 0.0123, ("cpu", "gpu")
 
@@ -52,7 +52,7 @@ def test_the_paper_is_meant_literally():
     assert model.init == model.mlp_init == "orthogonal"
     assert training.optimizer == "adamw"
     assert training.weight_decay == training.orthogonal_pull == 0
-    assert np.all(position_scale(model) == 1)
+    assert np.all(attended_rms(model) == 1)
     uspa = settings.replace(attn="uspa").model
     assert uspa.rho_first == RATE and uspa.rho == 0.8
     assert attention_constants(uspa)["row_scale"].shape == (36, 1, 64)

@@ -123,7 +123,7 @@ def test_each_head_has_its_own_memory(gammas, length):
     """Each head's bias is that of its own gamma, and D its own row sums over the common n."""
     heads = len(gammas)
     config = resolve(depth=2, width=2 * heads, heads=heads, gamma=gammas, length=length).model
-    constants, n = theory.attention_constants(config), theory.position_scale(config)
+    constants, n = theory.attention_constants(config), theory.attended_rms(config)
     predicted = theory.predict_kernels(config, theory.input_kernel(config, length))
     assert np.array_equal(n, [each for each, _ in predicted])
     for head, gamma in enumerate(gammas):
@@ -267,5 +267,5 @@ def test_n_is_level_beyond_what_attention_looks_back(depth, power, length, r, sk
     config = resolve(depth=depth, gamma=10**power, length=length, token_collision_rate=r,
                      alpha=alpha, beta=beta).model
     with mock.patch.object(theory, "EXACT_LENGTH", int(np.ceil(16 / config.gamma[0]))):
-        padded = theory.position_scale(config)
-    assert np.allclose(padded, theory.position_scale(config), rtol=4 * depth * np.exp(-16))
+        padded = theory.attended_rms(config)
+    assert np.allclose(padded, theory.attended_rms(config), rtol=4 * depth * np.exp(-16))

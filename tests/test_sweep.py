@@ -64,7 +64,7 @@ def test_a_search_goes_on_where_it_was_killed(tmp_path, calls, monkeypatch, caps
     main([*sweep.arguments(first["flags"]), "--out", str(folder)])
     (folder / "checkpoint-00000004.npz").unlink()
     lines = curves.read(folder)
-    until = next(i for i, line in enumerate(lines) if "loss" in line and line["step"] == 2)
+    until = next(i for i, line in enumerate(lines) if "loss" in line and line["step"] == 3)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:until]))
     monkeypatch.setattr(sweep, "folder_of", lambda *_: folder)
     assert asked(tmp_path, random=0, best=0) == 0
@@ -195,12 +195,12 @@ def test_a_tracker_is_given_the_metrics(tmp_path, monkeypatch, name):
 
     monkeypatch.setitem(sys.modules, "tensorboardX", SimpleNamespace(SummaryWriter=Writer))
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: Writer("")))
-    lines = [{"step": 0, "loss": 1.5}, {"step": 1, "mean_square": [1.0], "val_loss": 2.5}]
+    lines = [{"step": 1, "loss": 1.5}, {"step": 1, "mean_square": [1.0], "val_loss": 2.5}]
     with Metrics(tmp_path, resolve(), name) as metrics:
         for line in lines:
             metrics.add(line)
         assert metrics.lines() == lines
-    assert seen == [(0, "loss", 1.5), (1, "val_loss", 2.5)]
+    assert seen == [(1, "loss", 1.5), (1, "val_loss", 2.5)]
 
 
 def test_curves_of_runs(tmp_path, monkeypatch, capsys):

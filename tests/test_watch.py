@@ -21,14 +21,14 @@ def line(step, norm):
 def test_the_early_level_is_the_median_after_warm_up(warmup, last):
     """Neither an early spike nor one below a hundred times the level is told of; what is, once."""
     seen, norms = watch.Watch(warmup, "DIR"), {"head": 1.0, "blocks": {"up": np.array([1.0, 9.0, 2.0])}}
-    for step in range(last):
-        early = 1e6 if step < warmup or step == last - 1 else 2.0
+    for step in range(1, last + 1):
+        early = 1e6 if step <= warmup or step == last else 2.0
         assert seen.gradient(line(step, early), norms) is None
-    assert seen.gradient(line(last, 199.0), norms) is None
-    said = seen.gradient(line(last + 1, 201.0), norms)
-    assert "step 81" in said if warmup else "step 11" in said
+    assert seen.gradient(line(last + 1, 199.0), norms) is None
+    said = seen.gradient(line(last + 2, 201.0), norms)
+    assert "step 82" in said if warmup else "step 12" in said
     assert "blocks/up in block 2" in said and "--learning-rate" in said
-    assert seen.gradient(line(last + 2, 1e9), norms) is None
+    assert seen.gradient(line(last + 3, 1e9), norms) is None
     lost = watch.Watch(warmup, "DIR")                       # a run that goes on without its metrics
     assert lost.gradient(line(last + 1, 1e9), norms) is None
 

@@ -22,7 +22,7 @@ def summary(lines, parts=PARTS):
     each = np.array_split(np.arange(len(steps)), min(parts, len(steps)) or 1)
     of_parts = lambda how, name: [float("%.4g" % how([steps[i][name] for i in part]))
                                   for part in each if len(part)]
-    return dict(at=[steps[part[-1]]["step"] + 1 for part in each if len(part)],
+    return dict(at=[steps[part[-1]]["step"] for part in each if len(part)],
                 loss=of_parts(np.mean, "loss"), grad_norm=of_parts(np.max, "grad_norm"),
                 validation=[[line["step"], line["val_loss"]] for line in lines
                             if "val_loss" in line])

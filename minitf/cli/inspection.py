@@ -156,7 +156,7 @@ def report(settings, tokens, vocabulary):
     keys = jax.random.split(jax.random.key(settings.training.seed), INITIALISATIONS)
     parameters = (initialise(key, config, vocabulary) for key in keys)
     out = measured(parameters, keys, constants, tokens, config)
-    n = theory.position_scale(config) if constants else None
+    n = theory.attended_rms(config) if constants else None
     # The embeddings' own kernel matters to the effective rank alone, which is not linear in it.
     expected = [predicted(window[:, None] == window, n, config) for window in tokens]
     if expected[0] is None:

@@ -141,7 +141,8 @@ def run_steps(state, corpus, constants, out, log_to):
             stopping = told == STOP
             if pending:
                 last = record(*pending, last)
-            pending, done = (step, values), step + 1
+            done = step + 1
+            pending = done, values
             evaluating = done % how.save_every == 0 or done == how.steps
             saving = evaluating or told
             if step == start or saving:
@@ -196,10 +197,10 @@ def begin_watch(settings, params, constants, corpus, start, out, metrics):
 def record_step(metrics, progress, watch, how, step, values, last):
     """Waits for a step, adds its line to the metrics; exits if it is not finite.
 
-    last: what was returned for the step before. Returns (step, values).
+    step: from 1. last: what was returned for the step before. Returns (step, values).
     """
     line = {"step": step, "loss": float(values["loss"]),
-            "learning_rate": float(optimizer.learning_rate(how, step)),
+            "learning_rate": float(optimizer.learning_rate(how, step - 1)),
             "grad_norm": float(values["grad_norm"]), "tokens_per_second": progress.step_done()}
     if math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]):
         metrics.add(line)
@@ -210,7 +211,7 @@ def record_step(metrics, progress, watch, how, step, values, last):
         return step, values
     suspect = last if last and not math.isfinite(line["loss"]) else (step, values)
     name, norm = training.largest_gradient(suspect[1]["grad_norms"])
-    cause = watch.help() if step else "no step was taken: it is not the learning rate"
+    cause = watch.help() if step > 1 else "no step was taken: it is not the learning rate"
     say_last(progress, f"loss is {line['loss']:.3g}, gradient norm {line['grad_norm']:.3g} at step "
              f"{step}; the largest gradient at step {suspect[0]} is that of {name}, {norm:.3g}; "
              f"{cause}")

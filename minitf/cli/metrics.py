@@ -1,4 +1,7 @@
-"""A run's metrics: metrics.jsonl, and with --log-to a tracker beside it, if it is installed."""
+"""A run's metrics: metrics.jsonl, and with --log-to a tracker beside it, if it is installed.
+
+A line for each step, from 1, one for each evaluation, after so many steps, and one for the start.
+"""
 import json
 import os
 from contextlib import suppress

@@ -97,7 +97,7 @@ class Progress:
         return round(self.tokens / last, 1)
 
     def show(self, line):
-        step = line["step"] + 1
+        step = line["step"]
         if step % self.every and step not in (1, self.steps):
             return
         rate = "" if self.seconds is None else f"  {self.tokens / self.seconds:,.0f} tokens/s" \

@@ -34,7 +34,7 @@ class Watch:
         """A line of the metrics, also of those of a run that is taken up again."""
         if line.get("val_tokens") == self.tokens and np.isfinite(line["val_loss"]):
             self.losses[line["step"]] = line["val_loss"]
-        if self.first <= line["step"] < self.last and "grad_norm" in line:
+        if self.first < line["step"] <= self.last and "grad_norm" in line:
             self.early.append(line["grad_norm"])
         if line["step"] == 0 and "mean_square" in line:
             self.squares = line["mean_square"]
@@ -42,7 +42,7 @@ class Watch:
     def gradient(self, line, norms):
         """What to say after a step, from its line of metrics and its gradients' norms; or None."""
         self.recall(line)
-        if line["step"] < self.last or not self.early or "gradient" in self.said:
+        if line["step"] <= self.last or not self.early or "gradient" in self.said:
             return None                       # a run's metrics may have been lost
         times = line["grad_norm"] / max(np.median(self.early), 1e-30)
         if not times >= GRADIENT:

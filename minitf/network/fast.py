@@ -11,7 +11,6 @@ import numpy as np
 
 from ..theory.activations import SLOPES
 from ..theory.families import family
-from ..theory.kernels import NOT_NORMS
 from . import flash, operations as plain
 
 STRAIGHT_BLOCKS = 48        # at most so many blocks are a straight program on a GPU, not a loop
@@ -121,11 +120,9 @@ leaky_relu.defvjp(
 
 def normalise(x, trained, config):
     """operations.normalise; all that the backward pass keeps is x."""
-    if config.norm == "none":
-        return x
-    if config.norm in NOT_NORMS:
-        return jax.checkpoint(plain.normalise, static_argnums=2)(x, trained, config)
-    return normalised(x, trained, config.norm == "layer")
+    if config.norm in ("layer", "rms"):
+        return normalised(x, trained, config.norm == "layer")
+    return jax.checkpoint(plain.normalise, static_argnums=2)(x, trained, config)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

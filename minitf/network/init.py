@@ -20,7 +20,7 @@ def init(key: jax.Array, config, vocabulary: int) -> dict:
     "embed" (V, d), "head" (d, V); learned positions: "position" (T, d); norms: "norm" (d,).
     "blocks", each (L, ...): "query", "key", "value", "output" (d, d), "up" (d, 4 d), "down"
     (4 d, d), all applied as x @ W; head h has the columns h k to (h + 1) k of the first three.
-    Norms: "norm1", "norm2" (d,). What a family trains, (H,). With objective mlm V masks one.
+    Norms: "norm1", "norm2" (d,). What a family trains, (H,). With objective mlm V is the mask.
     """
     require(isinstance(vocabulary, int) and vocabulary > 0,
             f"vocabulary must be an integer of at least 1, not {vocabulary!r}")

@@ -24,7 +24,7 @@ def forward(params: dict, constants: dict, tokens, config, ops=REFERENCE) -> jax
     """tokens (S,) or (B, S) of integers, S <= T -> logits (..., S, V), in config.dtype.
 
     constants: those of `attention_constants`. Token by token: decode.py. ValueError for longer
-    sequences, and for tokens that are none of the vocabulary's. With objective mlm V masks one.
+    sequences, and for tokens that are none of the vocabulary's. With objective mlm V is the mask.
     """
     tokens = check_tokens(tokens, len(params["embed"]), config.length)
     require(config.objective == "clm" or tokens.shape[-1] == config.length,

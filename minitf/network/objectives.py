@@ -31,7 +31,10 @@ def losses_of(tokens, targets, params, constants, config, ops):
 
 
 def masked(tokens, draw):
-    """Which of the tokens (B, T) are masked: MASKED of each sequence, drawn by what it is."""
+    """Which of the tokens (B, T) are masked: MASKED T of each sequence, at least one.
+
+    Drawn by `draw` and the sequence itself, the same for every seed.
+    """
     length = tokens.shape[1]
     odd = np.uint32(31) ** np.arange(length, dtype=np.uint32)
     keys = (tokens.astype(jnp.uint32) * odd).sum(1, dtype=jnp.uint32)             # a hash, (B,)

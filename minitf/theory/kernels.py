@@ -13,7 +13,7 @@ from . import activations, spa
 from .families import family, identity_parts
 
 NOT_NORMS = "dyt", "derf"  # which stand in the place of a norm
-MASKED = 0.15              # of the tokens, by objective mlm, as in BERT
+MASKED = 0.15              # of the tokens, by objective mlm; each becomes the mask's
 EXACT_LENGTH = 1024        # positions over which the recursion, O(T^2) or more a layer, is run
 
 
@@ -100,7 +100,7 @@ def branch_scale(config):
     return (2 * config.depth)**-0.5 if unweighted else 1.0
 
 
-def position_scale(config):
+def attended_rms(config):
     """n of D = rowsum(A) / n for each block and position, (L, T), from the expected kernel.
 
     It is computed for the first EXACT_LENGTH positions. From there on it is level, to a percent
@@ -127,7 +127,7 @@ def attention_constants(config) -> dict[str, np.ndarray]:
     if attention.row_sums is None:
         return {}
     constants, row_scale = attention.bias(config), attention.row_sums(config)
-    n = position_scale(config)
+    n = attended_rms(config)
     if config.identity_skip:
         c, diagonal = identity_parts(config)
         with np.errstate(divide="ignore"):             # c is all of a diagonal: refused below

@@ -145,15 +145,14 @@ def write(path, fill):
 
 
 def rewind(metrics, step):
-    """Drops all lines of metrics but those before `step`, and a half-written last line."""
+    """Drops all lines of metrics but those up to `step`, of 0 all; and a half-written last line."""
     def belongs(line):
         try:
-            record = json.loads(line)
-            return record["step"] < step + ("val_loss" in record)
+            return json.loads(line)["step"] <= step
         except (ValueError, TypeError, KeyError):
             return False
 
-    lines = metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else []
+    lines = metrics.read_bytes().splitlines(keepends=True) if step and metrics.exists() else []
     kept = [line for line in lines if line.endswith(b"\n") and belongs(line)]
     write(metrics, lambda file: file.writelines(kept))
 
