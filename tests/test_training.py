@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from minitf import resolve
@@ -19,7 +19,7 @@ from minitf.presets import PRESETS
 from minitf.theory import spa
 from minitf.theory.kernels import attention_constants
 from minitf.training import data, optimizer, train
-from minitf.training.encoding import encode, load_encoding
+from minitf.training.encoding import apart, encode, load_encoding
 
 EPS32 = np.finfo(np.float32).eps
 SHAPE = dict(depth=14, width=16, heads=2, length=16, batch=8)
@@ -33,6 +33,17 @@ SMALL = dict(depth=3, width=16, heads=2, length=8, batch=2)
 def test_any_text_comes_back(text):
     encoding = load_encoding(str(data.RANKS))
     assert encoding.decode(encode([text], encoding).tolist()) == text
+
+
+@example("a\n\n", 0)
+@example("a\n\nb", 0)
+@given(st.text(st.sampled_from("a 1'\n\n\r\t.\x1c\x85\u2028é"), max_size=60), st.integers(0, 5))
+def test_the_parts_of_a_text_have_its_tokens(text, size):
+    """Wherever it is cut; and they are its parts."""
+    encoding = load_encoding(str(data.RANKS))
+    parts = [*apart(text, encoding, size)]
+    assert "".join(parts) == text
+    assert np.array_equal(encode(parts, encoding), encode([text], encoding))
 
 
 @given(st.integers(2, 20), st.integers(1, 9), st.integers(30, 400), st.integers(0, 2**31 - 1))

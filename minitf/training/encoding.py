@@ -4,6 +4,7 @@ import binascii
 import glob
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from ..errors import require
 RANK_FILE_BYTES = 2**26                               # the largest in use has 2**22
 JSON_LINES = ".json", ".jsonl", ".ndjson"
 END = "<|endoftext|>"                                 # what ends a document
+LONE_BREAK = re.compile(r"(?<=\S)\n(?=\S)")
 
 # --- Text --------------------------------------------------------------------------------
 
@@ -238,11 +240,28 @@ def encode(texts, encoding, special=False):
 
 
 def encode_files(texts, encoding):
-    """Whole texts as one array of tokens.
+    """Whole texts as one array of tokens, encoded on all cores.
 
     Between them is the end-of-text token; where the encoding has none, a line break.
     """
     end = encoding._special_tokens.get(END)
     between = np.array(encoding.encode("\n") if end is None else [end], dtype(encoding))
-    parts = [part for text in texts for part in (between, encode([text], encoding))]
-    return np.concatenate(parts[1:])
+    made = lambda part: between if part is None else encode([part], encoding)
+    parts = [part for text in texts for part in (None, *apart(text, encoding))]
+    with ThreadPoolExecutor() as threads:
+        return np.concatenate([*threads.map(made, parts[1:])])
+
+
+def apart(text, encoding, size=2**18):
+    """Parts of a text, of about so many characters, whose tokens are those of the text.
+
+    GPT-2's pattern never joins a lone line break to the character after it; of other patterns
+    nothing is known, and the text stays whole.
+    """
+    start = 0
+    while encoding._pat_str == r50k_pat_str and start < len(text):
+        found = LONE_BREAK.search(text, start + size)
+        end = found.end() if found else len(text)
+        yield text[start:end]
+        start = end
+    yield text[start:]
