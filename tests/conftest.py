@@ -7,6 +7,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from importlib.metadata import version
 
 # Workers and the processes that tests start share what is compiled.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -17,6 +18,9 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")              # tolerances are those of float32
 # Nearly all of the time is compilation: of the same programs, but with less care for their speed.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+if version("jaxlib").startswith("0.10."):                  # later ones do not know the flag
+    given = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = given + " --xla_cpu_use_fusion_emitters=false"
 # Threads of many small QR decompositions wait for each other where other processes work.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
@@ -33,7 +37,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "quick")
 
 @pytest.fixture(autouse=True, scope="session")
 def little_text(tmp_path_factory):
-    """Runs in this process read a tenth of the included text: to encode all of it takes a second."""
+    """Runs in this process read a tenth of the included text: to encode all takes a second."""
     with pytest.MonkeyPatch.context() as patch:
         text = tmp_path_factory.mktemp("text") / "shakespeare.txt"
         text.write_text(data.TEXT.read_text()[:500_000])

@@ -8,7 +8,8 @@ import os
 import sys
 from functools import partial
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = \
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import jax                                                                     # noqa: E402
 import numpy as np                                                             # noqa: E402

@@ -22,7 +22,9 @@ CASES = [("isometric", dict(accumulate=2), "data=2,fsdp=2")]
 
 
 def environment(devices):
-    return dict(os.environ, XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}")
+    flags = os.environ.get("XLA_FLAGS", "")
+    return dict(os.environ,
+                XLA_FLAGS=f"{flags} --xla_force_host_platform_device_count={devices}")
 
 
 def test_meshes_give_what_one_device_gives():
