@@ -4,7 +4,7 @@ from math import inf, isfinite, sqrt
 from typing import get_args
 
 from .errors import look_up, require, require_one_of
-from .presets import PRESETS, gammas_by_length, scaled
+from .presets import DEFAULTS, PRESETS, gammas_by_length, scaled
 from .theory.activations import NAMES, TRANSFORMS
 from .theory.families import FAMILIES
 from .theory.kernels import INIT_SCALES, NOT_NORMS
@@ -242,15 +242,6 @@ class Sampling(Checked):
 
 FIELDS = (*fields(ModelConfig), *fields(TrainingConfig), *fields(DataConfig))
 
-# Of what neither a flag nor the preset says.
-DEFAULTS = dict(depth=36, width=64, heads=4, length=64, rho=0.8, eta=0.9, zeta=1.5, tau=0.3,
-                position="rope", row_scale="unit", identity_skip=False, remat=False,
-                objective="clm", identity_values=False, qk_norm=False, trained_weights=False,
-                parallel=False,
-                steps=400, batch=16, accumulate=1, seed=0, weight_decay=0.0, lr_mult_path=1.0,
-                orthogonal_pull=0.0, data=None, val_data=None, encoding=None)
-
-
 @dataclass(frozen=True)
 class Settings:
     """All of a run: the preset, what was chosen beside it, and what follows from both."""
@@ -299,11 +290,7 @@ def resolve(preset: str = "isometric", collision_rate: float = 0.0, backend: str
         gamma=gammas_by_length(values["heads"], values["length"], values["row_scale"]),
         token_collision_rate=collision_rate,
         dtype="bfloat16" if backend in ("gpu", "tpu") else "float32",
-        learning_rate=rates.learning_rate,
-        lr_mult_embed=rates.embed,
-        lr_mult_qk=rates.qk,
-        lr_mult_vo=rates.vo,
-        decay_groups=rates.decay_groups,
+        **rates._asdict(),
         query_init=look_up(FAMILIES, values["attn"], "attn").query_init,
         mlp_alpha=values["alpha"],
         mlp_beta=values["beta"],

@@ -13,9 +13,9 @@ LONG = 6000                                # steps up to which one rate serves a
 class Rates(NamedTuple):
     """Of 36 blocks of width 64; `scaled` carries them to other sizes. Tuned at width 256."""
     learning_rate: float
-    embed: float                           # times it: embeddings, positions, final gain, head
-    qk: float                              # times it: queries and keys
-    vo: float                              # times it: values and outputs
+    lr_mult_embed: float                   # times it: embeddings, positions, final gain, head
+    lr_mult_qk: float                      # times it: queries and keys
+    lr_mult_vo: float                      # times it: values and outputs
     decay_groups: str = "qk,vo,mlp"        # whose matrices decay, where there is a weight decay
 
 
@@ -43,14 +43,6 @@ PRESETS = {
         init="orthogonal", mlp_init="orthogonal", head_init="zero",
         optimizer="muon", weight_decay=0.1,
         rates=dict(muon=Rates(2e-3, 32.0, 4.0, 0.5), adamw=Rates(2e-3, 64.0, 4.0, 0.5))),
-    # Isometric, but what E-SPA's softmax keeps of the own token goes past it: a skip.
-    "identity-skip": dict(
-        attn="espa", identity_skip=True, alpha=0.0, beta=1.0, norm="none", act="gelu",
-        transform="none", init="orthogonal", mlp_init="looks_linear", head_init="zero",
-        optimizer="muon", lr_mult_path=0.1, orthogonal_pull=0.2, weight_decay=0.1,
-        rates=dict(muon=Rates(3e-4, 270.0, 16.0, 11.0, "qk,vo"),
-                   adamw=Rates(2e-4, 512.0, 18.0, 12.0)),
-        rate_power=0.5),
     # The standard transformer: skips, layer norm, GELU.
     "preln": dict(
         attn="softmax", alpha=1.0, beta=1.0, norm="layer", act="gelu", transform="none",
@@ -58,6 +50,10 @@ PRESETS = {
         optimizer="adamw", weight_decay=0.1,
         rates=dict(muon=Rates(8e-3, 16.0, 1.0, 2.0), adamw=Rates(2e-3, 48.0, 1.0, 1.0))),
 }
+# Isometric, but what E-SPA's softmax keeps of the own token goes past it: a skip.
+PRESETS["identity-skip"] = PRESETS["isometric"] | dict(
+    identity_skip=True, rates=dict(muon=Rates(3e-4, 270.0, 16.0, 11.0, "qk,vo"),
+                                   adamw=Rates(2e-4, 512.0, 18.0, 12.0)))
 
 # --- Successors, for comparison, with what is published of them -------------------------
 # Everywhere ours: rotary positions, the schedule, Adam's second moment (0.95), embeddings of mean
@@ -90,6 +86,15 @@ SUCCESSORS = {
 PRESETS |= {name: PRESETS["preln"] | own for name, own in SUCCESSORS.items()}
 
 
+# Of what neither a flag nor the preset says.
+DEFAULTS = dict(depth=36, width=64, heads=4, length=64, rho=0.8, eta=0.9, zeta=1.5, tau=0.3,
+                position="rope", row_scale="unit", identity_skip=False, remat=False,
+                objective="clm", identity_values=False, qk_norm=False, trained_weights=False,
+                parallel=False,
+                steps=400, batch=16, accumulate=1, seed=0, weight_decay=0.0, lr_mult_path=1.0,
+                orthogonal_pull=0.0, data=None, val_data=None, encoding=None)
+
+
 def scaled(rates, width, depth, steps, power):
     """Rates for another width, and where `power` is above 0 another depth and more steps.
 
@@ -100,9 +105,9 @@ def scaled(rates, width, depth, steps, power):
     stand once in the network: their own rate stays, unless there is one rate for all.
     """
     of_blocks = (36 / depth) ** power * max(steps / LONG, 1) ** -power
-    embed = rates.embed if rates.embed == 1 else rates.embed / of_blocks
+    embed = rates.lr_mult_embed / (of_blocks if rates.lr_mult_embed != 1 else 1)
     return rates._replace(learning_rate=rates.learning_rate * (64 / width) ** 0.5 * of_blocks,
-                          embed=embed)
+                          lr_mult_embed=embed)
 
 
 def gammas_by_length(heads, length, row_scale):
@@ -124,18 +129,16 @@ def untuned(preset, flags):
     if preset == "isometric" and flags.get("optimizer") == "adamw" and flags.get("steps", 0) > 2000:
         return ("note: isometric with adamw was unstable in runs of 6,000 steps at width 256; muon "
                 "was not, up to 24,000")
-    shapes = ("attn", "objective", "act", "transform", "alpha", "beta", "norm", "init", "mlp_init",
-              "position", "query_init", "identity_values", "qk_norm", "mlp_alpha", "mlp_beta",
-              "trained_weights", "parallel")
-    usual = dict(position="rope", objective="clm", identity_values=False, qk_norm=False,
-                 trained_weights=False, parallel=False) | PRESETS[preset]
-    others = [f"{name} {flags[name]}" for name in shapes
-              if name in flags and flags[name] != usual.get(name)]
     if "learning_rate" in flags:
         return None
     if preset in SUCCESSORS:
         return f"note: the learning rates of preset {preset} are those of preln"
-    if not others:
-        return None
-    return (f"note: the learning rates of preset {preset} were not tuned with "
-            f"{', '.join(others)}; --learning-rate and the --lr-mult-... flags set others")
+    shapes = ("attn", "objective", "act", "transform", "alpha", "beta", "norm", "init", "mlp_init",
+              "position", "query_init", "identity_values", "qk_norm", "mlp_alpha", "mlp_beta",
+              "trained_weights", "parallel")
+    usual = DEFAULTS | PRESETS[preset]
+    others = [f"{name} {flags[name]}" for name in shapes
+              if name in flags and flags[name] != usual.get(name)]
+    if others:
+        return (f"note: the learning rates of preset {preset} were not tuned with "
+                f"{', '.join(others)}; --learning-rate and the --lr-mult-... flags set others")

@@ -224,7 +224,7 @@ def test_what_is_loaded_is_what_was_saved(copy, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "one bit", "empty", "foreign", "other shapes",
-                                    "another format"])
+                                    "another format", "bytes more", "bytes less"])
 def test_falls_back_to_the_checkpoint_before(copy, damage):
     newest, before, *best = checkpoint.checkpoints(copy)
     for path in best:
@@ -242,7 +242,10 @@ def test_falls_back_to_the_checkpoint_before(copy, damage):
         np.savez(newest, a=np.arange(3))
     else:
         flipped = content[:half] + bytes([content[half] ^ 1]) + content[half + 1:]
-        newest.write_bytes({"truncated": content[:half], "empty": b"", "one bit": flipped}[damage])
+        newest.write_bytes({
+            "truncated": content[:half], "empty": b"", "one bit": flipped,
+            "bytes more": content[:half] + b"1234567" + content[half:],
+            "bytes less": content[:half] + content[half + 7:]}[damage])
     found, [(path, problem)] = checkpoint.newest(copy)
     assert found.step == checkpoint.number(before) and path == newest and "\n" not in problem
     assert damage != "another format" or "format" in problem
@@ -308,7 +311,7 @@ def test_evaluation_counts_every_token_but_the_first_once(copy, tmp_path, capsys
     text = tmp_path / "text"
     text.write_text("Now is the winter of our discontent made glorious summer. " * 3)
     tokens = np.array(encoding.encode(text.read_text()), np.int32)
-    windows, counted = data.all_windows(tokens, config.length)
+    windows, counted = map(np.concatenate, zip(*data.every_window(tokens, config.length, 3)))
     assert counted.sum() == len(tokens) - 1
     assert np.array_equal(windows[:, 1:][counted], tokens[1:])
     nats = 0.0

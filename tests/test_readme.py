@@ -102,7 +102,7 @@ REPLACED = {
 AGAIN = {
     "training/optimizer.py": [
         ('MATRIX_GROUPS = "qk"', 'MATRIX_GROUPS = "first", "qk"'),
-        ('{"embed": np.float32(', '{"first": np.float32(0.0), "embed": np.float32(')]}
+        ('{"embed": training', '{"first": 0.0, "embed": training')]}
 
 
 def test_changing_something_as_the_readme_says(tmp_path):

@@ -130,12 +130,12 @@ def test_rates_fall_with_width_and_where_there_are_no_skips_with_depth(preset, d
     at = lambda width, depth: resolve(preset, heads=1, width=width, depth=depth,
                                       optimizer=name).training
     here, tuned, rates = at(2 * half, depth), at(64, 36), PRESETS[preset]["rates"][name]
-    assert tuned.learning_rate == rates.learning_rate and tuned.lr_mult_embed == rates.embed
+    assert tuned.learning_rate == rates.learning_rate and tuned.lr_mult_embed == rates.lr_mult_embed
     chain = preset in ("isometric", "paper", "identity-skip")
     by_depth, by_width = (36 / depth)**0.5 if chain else 1.0, (64 / (2 * half))**0.5
     assert here.learning_rate == pytest.approx(tuned.learning_rate * by_width * by_depth)
-    assert (here.lr_mult_qk, here.lr_mult_vo) == (rates.qk, rates.vo)
-    if rates.embed == 1:
+    assert (here.lr_mult_qk, here.lr_mult_vo) == (rates.lr_mult_qk, rates.lr_mult_vo)
+    if rates.lr_mult_embed == 1:
         assert here.lr_mult_embed == 1
     else:
         own = here.learning_rate * here.lr_mult_embed

@@ -35,8 +35,7 @@ def train(settings, out, mesh, trained=None, log_to=None):
     if sharding.first():
         host.require_new(out)
     corpus, settings = read_corpus(settings, trained and trained.encoding)
-    several = jax.process_count() > 1
-    digest = checkpoints.digest(trained.params) if trained and several else None
+    digest = trained and checkpoints.checksum(training.named_leaves(trained.params))
     sharding.require_same("flags and data", f"{settings} {corpus.digest} {digest}")
     model, vocabulary = settings.model, encodings.vocabulary(corpus.encoding)
     host.require_memory(settings, vocabulary)

@@ -66,18 +66,17 @@ def evaluate(folder, names, mesh=None, quantize=None):
     if config.objective == "mlm":                                 # of whole windows
         require(len(tokens) > config.length, f"the text must have more than {config.length} tokens")
         tokens = tokens[:(len(tokens) - 1) // config.length * config.length + 1]
-    lengths, count = byte_lengths(encoding), len(tokens) - 1
-    nats, total = np.zeros(len(precisions)), 0
+    nats, count = np.zeros(len(precisions)), len(tokens) - 1
+    total = byte_lengths(encoding) @ data.count(tokens[1:], encoding.n_vocab)
     with sharding.use(mesh, saved.settings):
         _, params, constants, _ = checkpoint.model_of(saved)
-        for span in data.spans(tokens, 64 * size * config.length):
-            windows, counted = data.all_windows(span, config.length)
-            nats += [train.total_loss(params, constants, windows, counted, config, size, bits)
-                     for bits in precisions]
-            total += lengths[span[1:]].sum()
+        for windows, counted in data.every_window(tokens, config.length, size):
+            losses = (train.evaluate_tokens(params, constants, windows, config, bits)
+                      for bits in precisions)
+            nats += [np.asarray(each, float)[counted].sum() for each in losses]
         if quantize:
             windows = data.spread_windows(tokens, config.length, 4 * size) \
-                if count >= config.length else data.all_windows(tokens, config.length)[0]
+                if count >= config.length else windows[:1]
             kurtosis = train.evaluate(params, constants, windows, config, size)[1]["kurtosis"]
     loss, *rounded = nats / count
     said = f"{loss:.4f} nats a masked token" if config.objective == "mlm" else \

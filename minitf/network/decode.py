@@ -92,7 +92,6 @@ def sample(params, constants, tokens, count, config, seed=0, temperature=1.0, to
     tokens = model.check_tokens(tokens, len(params["embed"]))
     require(tokens.ndim == 1, "sampling goes on with one sequence, not with several")
     require(config.objective == "clm", "a network with objective mlm fills gaps: it draws no text")
-    require(temperature is not None, "temperature must be a number, at least 0")
     Sampling(tokens=count, temperature=temperature, top_k=top_k, seed=seed)    # ValueError
     return drawn_tokens(params, constants, tokens.tolist(), count, config, seed, temperature,
                         top_k, known)
@@ -100,19 +99,15 @@ def sample(params, constants, tokens, count, config, seed=0, temperature=1.0, to
 
 def drawn_tokens(params, constants, context, count, config, seed, temperature, top_k, known):
     """What `sample` gives."""
-    key, cache = jax.random.key(seed), None
+    key, cache, start = jax.random.key(seed), empty_cache(config), 0
     made = layers(params, constants, config)
     for step in range(count):
-        if cache is None or len(context) == config.length:
-            full = len(context) >= config.length
-            context = context[-(config.length // 2):] if full else context
-            padded = np.zeros(min(2 ** (len(context) - 1).bit_length(), config.length), np.int32)
-            padded[:len(context)] = context           # few lengths, so few programs
-            logits, cache = decode(params, made, empty_cache(config), padded, 0, config)
-            logits = logits[len(context) - 1]
-        else:
-            last = np.array(context[-1:], np.int32)
-            logits, cache = decode(params, made, cache, last, len(context) - 1, config)
-            logits = logits[0]
-        context.append(int(draw(key, step, logits, temperature, top_k, known)))
+        if len(context) >= config.length:
+            context, start = context[-(config.length // 2):], 0
+        new = context[start:]                         # what the cache lacks
+        padded = np.zeros(min(2 ** (len(new) - 1).bit_length(), config.length), np.int32)
+        padded[:len(new)] = new                       # few lengths, so few programs
+        logits, cache = decode(params, made, cache, padded, start, config)
+        start = len(context)
+        context.append(int(draw(key, step, logits[len(new) - 1], temperature, top_k, known)))
         yield context[-1]

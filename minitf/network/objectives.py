@@ -14,20 +14,14 @@ def token_losses(params, constants, windows, config, ops=REFERENCE, draw=0):
     objective mlm: of each masked token, times T over how many there are, so that a mean is theirs;
     0 of the others. draw: an integer; of each, other tokens are masked.
     """
-    tokens, targets = windows[:, :-1], windows[:, 1:]
+    tokens, targets, weights = windows[:, :-1], windows[:, 1:], 1.0
     if config.objective == "mlm":
-        hidden = masked(tokens, draw)                                     # (B, T)
-        losses = losses_of(jnp.where(hidden, params["head"].shape[1], tokens), tokens, params,
-                           constants, config, ops)
-        return losses * hidden / hidden.mean(1, keepdims=True)
-    return losses_of(tokens, targets, params, constants, config, ops)
-
-
-def losses_of(tokens, targets, params, constants, config, ops):
-    """Cross-entropy of targets (B, T) at the positions of tokens (B, T) -> (B, T)."""
+        hidden, targets = masked(tokens, draw), tokens                    # (B, T)
+        tokens = jnp.where(hidden, params["head"].shape[1], tokens)
+        weights = hidden / hidden.mean(1, keepdims=True)
     x = model.final_hidden(params, constants, tokens, config, ops)
     losses = ops.cross_entropy(x, params["head"].astype(x.dtype), targets.reshape(-1))
-    return losses.reshape(targets.shape)
+    return weights * losses.reshape(targets.shape)
 
 
 def masked(tokens, draw):

@@ -41,8 +41,7 @@ class Family:
     both_sides: "Family | None" = None
 
 
-def prescribed(schedules, kernel, log_attention=None, matvec=None, bias=None, bias_names=("bias",),
-               bias_rows=None):
+def prescribed(schedules, kernel, log_attention=None, **fast):
     """A family whose kernels are prescribed. Kernel and schedules suffice: A = L_out L_in^-1.
 
     From both sides it is A = Sigma_out^(1/2) Sigma_in^(-1/2).
@@ -66,9 +65,8 @@ def prescribed(schedules, kernel, log_attention=None, matvec=None, bias=None, bi
         each = schedules(config)
         return each[:1] if all(np.array_equal(each[0], other) for other in each) else each
 
-    both_sides = made_of(distinct, from_both_sides)
-    return replace(made_of(schedules, log_attention or by_definition, matvec, bias,
-                           bias_names, bias_rows or own_rows), both_sides=both_sides)
+    return replace(made_of(schedules, log_attention or by_definition, **fast),
+                   both_sides=made_of(distinct, from_both_sides))
 
 
 def own_rows(constants, queries, keys):
@@ -138,10 +136,10 @@ FAMILIES = {
         lambda config: [spa.exponential_schedule(gamma, config.depth) for gamma in config.gamma],
         spa.exponential_kernel,
         spa.exponential_log_attention,
-        spa.espa_matvec,
-        spa.espa_bias,
-        ("slope", "first_key_bias", "self_bias"),
-        lambda constants, queries, keys: (
+        matvec=spa.espa_matvec,
+        bias=spa.espa_bias,
+        bias_names=("slope", "first_key_bias", "self_bias"),
+        bias_rows=lambda constants, queries, keys: (
             -constants["slope"][:, None, None] * (queries - keys)
             + constants["first_key_bias"][:, None, None] * (keys == 0)
             + constants["self_bias"][:, None, None] * (queries == keys))),

@@ -179,14 +179,6 @@ def lock(folder):
 
 # --- Loading ----------------------------------------------------------------------------
 
-def digest(params):
-    """The SHA-256 of parameters."""
-    sums = hashlib.sha256()
-    for _, leaf in named_leaves(params):
-        sums.update(np.ascontiguousarray(leaf))
-    return sums.hexdigest()
-
-
 def load(place: str | Path) -> Model:
     """The Model of a run's folder, its newest usable checkpoint, or of a checkpoint's file.
 
@@ -235,14 +227,13 @@ def load_checkpoint(path):
     """
     try:
         return restore(read(path))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
-    except MemoryError:
-        raise ValueError(f"{path} cannot be read: out of memory") from None
     except Exception as error:            # whatever zip, npy and JSON readers raise on what is none
-        require("RESOURCE_EXHAUSTED" not in str(error), f"{path} cannot be read: {error}")
-        reason = str(error) or type(error).__name__
-        raise Damaged(f"{path} is not a usable checkpoint: {' '.join(reason.split())}") from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        # Where an entry is said to lie before the file's beginning, zipfile seeks there: EINVAL.
+        system = isinstance(error, OSError) and error.errno != errno.EINVAL
+        machine = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in reason or system
+        require(not machine, f"{path} cannot be read: {getattr(error, 'strerror', None) or reason}")
+        raise Damaged(f"{path} is not a usable checkpoint: {reason}") from None
 
 
 def read(path):

@@ -34,8 +34,8 @@ def make_optimizer(name, dtype="float32"):
     dtype: of Muon's matrix products; states and everything else are float32.
     update() is also given rates, those of `group_rates`, and learning_rate, that of the step.
     """
-    return optax.chain(optax.clip_by_global_norm(1.0), OPTIMIZERS[name](dtype), decay_by_group(),
-                       scale_by_group(), hold_linear_path())
+    return optax.chain(optax.clip_by_global_norm(1.0), OPTIMIZERS[name](dtype), scale_by_group(),
+                       hold_linear_path())
 
 
 def group_rates(training, model):
@@ -45,23 +45,20 @@ def group_rates(training, model):
     `held` takes}}. The first multiplies the step's learning rate; a group that is missing in the
     second does not decay, one that is missing in the third is not held.
     """
-    qk = vo = 1.0
+    by_block = 1.0
     if model.identity_skip:
         # Of its mean square a token keeps c^2 there. The rest is all of it in the first block and
         # little in the last: heads of all blocks may change it by more equal parts.
-        qk = vo = np.float32(1 - identity_parts(model)[0]**2)[:, None, None] ** -0.5
-    listed = lambda groups, value: {group: np.float32(value) for group in groups.split(",")
-                                    if group and value > 0}
-    return {"learning_rate": {"embed": np.float32(training.lr_mult_embed),
-                              "qk": np.float32(training.lr_mult_qk * qk),
-                              "vo": np.float32(training.lr_mult_vo * vo)},
-            "weight_decay": listed(training.decay_groups, training.weight_decay),
-            "linear_path": {
-                group: jax.tree.map(np.float32, dict(
-                    pull=training.orthogonal_pull, rate=training.lr_mult_path, size=size))
-                for group, size in path_sizes(model).items()
-                if group in training.pull_groups.split(",")
-                and (training.orthogonal_pull > 0 or training.lr_mult_path != 1)}}
+        by_block = np.float32(1 - identity_parts(model)[0]**2)[:, None, None] ** -0.5
+    path = dict(pull=training.orthogonal_pull, rate=training.lr_mult_path)
+    held = training.pull_groups.split(",") if path != dict(pull=0, rate=1) else ()
+    return jax.tree.map(np.float32, {
+        "learning_rate": {"embed": training.lr_mult_embed, "qk": training.lr_mult_qk * by_block,
+                          "vo": training.lr_mult_vo * by_block},
+        "weight_decay": {group: training.weight_decay for group in training.decay_groups.split(",")
+                         if group and training.weight_decay},
+        "linear_path": {group: dict(path, size=size) for group, size in path_sizes(model).items()
+                        if group in held}})
 
 
 def learning_rate(training, step):
@@ -117,18 +114,15 @@ def times_gram(x, function):
     return function(x @ transposed) @ x
 
 
-def decay_by_group():
-    """Decoupled weight decay of the groups that have one."""
-    def update(group, u, w, rates, learning_rate):
-        return u - rates["weight_decay"][group] * w if group in rates["weight_decay"] else u
-    return for_each_parameter(update)
-
-
 def scale_by_group():
-    """Each group's own learning rate."""
-    def update(group, u, w, rates, learning_rate):
-        return u * (learning_rate * rates["learning_rate"].get(group, 1.0))
-    return for_each_parameter(update)
+    """Each group's decoupled weight decay, if it has one, and its own learning rate."""
+    def update(updates, state, params, rates, learning_rate):
+        def of_leaf(name, u, w):
+            group = GROUPS.get(name)
+            u = u - rates["weight_decay"][group] * w if group in rates["weight_decay"] else u
+            return u * (learning_rate * rates["learning_rate"].get(group, 1.0))
+        return by_name(of_leaf, updates, params), state
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def hold_linear_path():
@@ -180,14 +174,6 @@ def solve_sum(g1, g2, e, steps=4):
         after = dot(residual, residual)
         direction = residual + after / jnp.maximum(before, 1e-30) * direction
     return x
-
-
-def for_each_parameter(update):
-    """A stateless transformation: update(group, its update, parameter, rates, learning_rate)."""
-    def update_all(updates, state, params, **rates):
-        return by_name(lambda name, u, w: update(GROUPS.get(name), u, w, **rates),
-                       updates, params), state
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update_all)
 
 
 def by_name(function, tree, *others):

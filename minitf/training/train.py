@@ -120,16 +120,6 @@ def evaluate(params, constants, windows, config, size):
                                     "kurtosis": ((squares**2).mean(1) / sizes**2).tolist()}
 
 
-def total_loss(params, constants, windows, counted, config, size, bits=None):
-    """Sum of the losses in nats of the counted targets: windows (n, T + 1), counted (n, T)."""
-    spare = -len(windows) % size                               # one shape for all: compiled once
-    windows = np.pad(windows, ((0, spare), (0, 0))).reshape(-1, size, windows.shape[1])
-    counted = np.pad(counted, ((0, spare), (0, 0))).reshape(-1, size, counted.shape[1])
-    losses = (np.asarray(evaluate_tokens(params, constants, batch, config, bits), np.float64)
-              for batch in windows)
-    return sum(each[of_these].sum() for each, of_these in zip(losses, counted))
-
-
 def named_leaves(tree):
     """[(name, leaf)]: "blocks/query" and so on."""
     return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
