@@ -161,8 +161,8 @@ def make(function, *arguments):
     if in_use():
         shardings = jax.tree.map(partial(NamedSharding, jax.sharding.get_mesh()),
                                  specs(jax.eval_shape(function, *arguments)))
-    # It runs once: half the time to compile, and the same bits.
-    quickly = {"xla_backend_optimization_level": 1}
+    # It runs once: on a CPU half the time to compile, and the same bits.
+    quickly = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
     return jax.jit(function, out_shardings=shardings, compiler_options=quickly)(*arguments)
 
 
