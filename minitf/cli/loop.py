@@ -140,8 +140,7 @@ def run_steps(state, corpus, constants, out, log_to):
             stopping = told == STOP
             if pending:
                 last = record(*pending, last)
-            done = step + 1
-            pending = done, values
+            pending, done = (step + 1, values), step + 1
             evaluating = done % how.save_every == 0 or done == how.steps
             saving = evaluating or told
             if step == start or saving:
