@@ -106,7 +106,7 @@ def read_texts(names):
     named, texts, others = {*map(Path, split_names(names))}, [], 0
     for path in find_files(names):
         try:
-            if path.suffix.lower() in JSON_LINES:
+            if path.name.lower().removesuffix(".part").endswith(JSON_LINES):    # or half of one
                 raise NotText(f"{path} is JSON: data/prepare.py makes a corpus of it")
             texts.append(read_text(path))
         except NotText:
