@@ -6,8 +6,8 @@
 The kernels of signal-preserving attention and TAT say how alike two tokens' vectors are, in the
 mean over weights. They do not say in how many directions a token's vector can move. Here J_l is
 the derivative of the last position after block l by its own embedding, a d x d matrix, along a
-text (at initialisation random vectors). Its participation ratio is
-(sum s^2)^2 / sum s^4, of the singular values s: d where all are equal, 1 where one is all there is.
+text (at initialisation random vectors). The participation ratio of its singular values s is
+(sum s^2)^2 / sum s^4: d where all are equal, 1 where one is all there is.
 """
 import jax
 import numpy as np

@@ -120,6 +120,8 @@ leaky_relu.defvjp(
 
 def normalise(x, trained, config):
     """operations.normalise; all that the backward pass keeps is x."""
+    if config.norm == "none":
+        return x
     if config.norm in ("layer", "rms"):
         return normalised(x, trained, config.norm == "layer")
     return jax.checkpoint(plain.normalise, static_argnums=2)(x, trained, config)

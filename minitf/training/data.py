@@ -52,13 +52,13 @@ def load(config, length, encoding=None):
     verify = lambda: None
     if long:
         verify = check_whole(os.path.expanduser(names), tokens, checksum, encoding.n_vocab)
-    validation, validation_counts = tokens[end:], count(tokens[end:], encoding.n_vocab)
-    require(np.count_nonzero(counts + validation_counts) > 1,
-            "data is one token again and again: there is nothing to learn")
+    validation, validation_counts = tokens[end:], counts[1]
     if val_data:
-        end, counts, held_out = len(tokens), counts + validation_counts, "val-data"
-        validation = read_tokens(val_data, encoding, whole=True)[0]
-        validation_counts = count(validation, encoding.n_vocab)
+        end, counts, held_out = len(tokens), counts.sum(0)[None], "val-data"
+        validation, _, validation_counts, *_ = read_tokens(val_data, encoding, whole=True)
+        validation_counts = validation_counts.sum(0)
+    require(np.count_nonzero(counts.sum(0)) > 1,
+            "data is one token again and again: there is nothing to learn")
     require(end > length,
             f"data is too short: {end} tokens to train on, but more than {length} are needed")
     require(len(validation) > length,
@@ -66,8 +66,8 @@ def load(config, length, encoding=None):
             f"{len(tokens)} tokens are for validation, but more than {length} are needed")
     digest = f"{checksum} {end}" if checksum else \
         hashlib.sha256(tokens[:end].astype("<u4").tobytes()).hexdigest()
-    return Corpus(encoding, tokens[:end], validation, counts, validation_counts, digest, held_out,
-                  verify)
+    return Corpus(encoding, tokens[:end], validation, counts[0], validation_counts, digest,
+                  held_out, verify)
 
 
 def read_tokens(names, encoding=None, whole=False):
@@ -87,12 +87,12 @@ def read_tokens(names, encoding=None, whole=False):
         encoding = load_encoding(encoding or str(RANKS))
     texts = read_texts(names)
     parts = [texts] if whole else set_aside(texts)
-    encoded = [encode_files(part, encoding) for part in parts]
-    tokens, end = np.concatenate(encoded), len(encoded[0])
-    held_out = f"{len(parts[-1])} whole files"
-    if len(parts) == 1:
-        end, held_out = len(tokens) * 9 // 10, LAST
-    return tokens, end, count(tokens[:end], encoding.n_vocab), encoding, None, held_out
+    tokens, *validation = (encode_files(part, encoding) for part in parts)
+    if not validation:
+        return tokens, *split(tokens, count(tokens, encoding.n_vocab)), encoding, None, LAST
+    counts = np.array([count(part, encoding.n_vocab) for part in (tokens, *validation)])
+    return (np.concatenate([tokens, *validation]), len(tokens), counts, encoding, None,
+            f"{len(parts[1])} whole files")
 
 
 def set_aside(texts):
@@ -112,6 +112,13 @@ def set_aside(texts):
         return [texts]
     return [[text for text in texts if text not in chosen],
             [text for text in texts if text in chosen]]
+
+
+def split(tokens, counts):
+    """(where the last tenth begins, counts (2, V) before and in it), from the counts of all."""
+    end = len(tokens) * 9 // 10
+    last = count(tokens[end:], len(counts))
+    return end, np.array([counts - last, last])
 
 
 def read_manifest(folder):
@@ -164,9 +171,8 @@ def read_prepared(folder, manifest, encoding):
     require(given is None or all(getattr(given, part) == getattr(own, part) for part in parts),
             f"{folder} was prepared with another encoding, {own.name} of {own.n_vocab:,} tokens")
     if end < len(tokens):
-        return tokens, end, counts[0], own, checksum, "set aside"
-    end = len(tokens) * 9 // 10
-    return tokens, end, counts[0] - count(tokens[end:], own.n_vocab), own, checksum, LAST
+        return tokens, end, counts, own, checksum, "set aside"
+    return tokens, *split(tokens, counts[0]), own, checksum, LAST
 
 
 def check_whole(folder, tokens, checksum, vocabulary):

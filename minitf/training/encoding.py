@@ -259,9 +259,8 @@ def apart(text, encoding, size=2**18):
     nothing is known, and the text stays whole.
     """
     start = 0
-    while encoding._pat_str == r50k_pat_str and start < len(text):
-        found = LONE_BREAK.search(text, start + size)
-        end = found.end() if found else len(text)
-        yield text[start:end]
-        start = end
+    known = encoding._pat_str == r50k_pat_str
+    while known and (found := LONE_BREAK.search(text, start + size)):
+        yield text[start:found.end()]
+        start = found.end()
     yield text[start:]
