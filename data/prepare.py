@@ -31,6 +31,7 @@ from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -69,6 +70,9 @@ def main(arguments=None):
                         help="read only such files of folders")
     parser.add_argument("--validation-share", type=float, default=0.01, metavar="SHARE",
                         help="of the documents (default: 0.01)")
+    parser.add_argument("--test-share", type=float, default=0.0, metavar="SHARE",
+                        help="of the documents, left out, to test on (default: 0)")
+    parser.add_argument("--test", action="store_true", help="only those of --test-share, whole")
     parser.add_argument("--text-key", default="text", metavar="NAME",
                         help="where JSON lines and Parquet have the text (default: text)")
     parser.add_argument("--special-tokens", action="store_true",
@@ -94,11 +98,13 @@ def main(arguments=None):
         sys.exit(128 + signal.SIGINT)
 
 
-def prepare(files, out, encoding, suffix="", validation_share=0.01, processes=1, text_key="text",
-            skip_damaged=False, special_tokens=False):
+def prepare(files, out, encoding, suffix="", validation_share=0.01, test_share=0.0, test=False,
+            processes=1, text_key="text", skip_damaged=False, special_tokens=False):
     """Writes the folder `out`, whole; ValueError or OSError, and no folder, where it cannot."""
-    require(0 <= validation_share < 1,
-            f"validation-share must be at least 0 and below 1, not {validation_share}")
+    require(0 <= validation_share and 0 <= test_share and validation_share + test_share < 1,
+            "validation-share and test-share must be at least 0 and together below 1, not "
+            f"{validation_share} and {test_share}")
+    require(test_share or not test, "--test needs the --test-share of the other part")
     require(1 <= processes <= 1024,
             f"processes must be at least 1 and at most 1024, not {processes}")
     require(not os.path.lexists(out), f"{out} exists: a prepared corpus never overwrites anything")
@@ -114,10 +120,14 @@ def prepare(files, out, encoding, suffix="", validation_share=0.01, processes=1,
         damaged = [] if skip_damaged else None
         with workers((encoding, text_key, special_tokens), processes, lock) as encode:
             encoded = encode(tasks(pieces(sources, text_key, damaged)))
-            skipped = write_documents(beside, encoded, validation_share, progress(sum(sizes)))
+            skipped = write_documents(
+                beside, encoded,
+                partial(part_of, share=validation_share, test_share=test_share, test=test),
+                progress(sum(sizes)))
         skipped |= {"damaged files": len(damaged)} if damaged else {}
         manifest = write_corpus(beside, encoding)
-        manifest |= {"skipped": skipped, "validation_share": validation_share, "sources": [
+        manifest |= {"skipped": skipped, "validation_share": validation_share,
+                     "test_share": test_share, "test": test, "sources": [
             {"name": name, "files": len(paths), "bytes": size}
             for (name, _, paths), size in zip(sources, sizes)]}
         manifest["sha256"] = data.checksum_of(manifest)
@@ -419,11 +429,21 @@ def combine(digests):
 
 # --- Writing -----------------------------------------------------------------------------
 
-def write_documents(folder, encoded, share, show):
+def part_of(firsts, share, test_share, test):
+    """Of documents, by the digests (n, 32) of their first parts: 0, 1 (validation) or -1 (neither).
+
+    The `share` with the least digests is for validation, the `test_share` with the largest for
+    tests: it is left out. With `test` it is part 0, and all others are left out.
+    """
+    place = firsts[:, :8].copy().view("<u8")[:, 0] / 2**64
+    tested = place >= 1 - test_share
+    return np.where(tested, 0, -1) if test else np.where(tested, -1, place < share)
+
+
+def write_documents(folder, encoded, choose, show):
     """Writes both parts' tokens (.bin), and their documents' digests (.digests) and ends (.ends).
 
-    share: of the documents, those that are for validation, by the digest of their first part.
-    Returns {why: how many are skipped}.
+    choose: as `part_of`, of digests alone. Returns {why: how many are skipped}.
     """
     skipped, ends = Counter(), [0, 0]
     with ExitStack() as stack:
@@ -444,26 +464,28 @@ def write_documents(folder, encoded, share, show):
                 piece = task[which]
                 place = f"line {piece.number} of {piece.path}" if piece.is_json else piece.path
                 require(piece.may_be_skipped, f"{place} {problem}")
-            validation = firsts[:, :8].copy().view("<u8")[:, 0] < share * 2**64
+            parts = choose(firsts)
             if task[0].first and task[0].last:
                 blank = int((counts == 0).sum()) - len(problems)
-                skipped += Counter({"no text": len(problems), "blank": blank})
-                for part, chosen in enumerate([~validation, validation]):
-                    chosen = chosen & (counts > 0)
+                left_out = int(((parts == -1) & (counts > 0)).sum())
+                skipped += Counter({"no text": len(problems), "blank": blank, "left out": left_out})
+                for part in range(len(PARTS)):
+                    chosen = (parts == part) & (counts > 0)
                     if chosen.any():
                         bins[part].write(tokens[np.repeat(chosen, counts)].tobytes())
                         add(part, counts[chosen], digests[chosen])
             else:                                            # a piece of a long document
                 if task[0].first:
-                    part, size, own, fine = int(validation[0]), 0, [], True
+                    part, size, own = max(parts[0], 0), 0, []
+                    why = "left out" if parts[0] == -1 else None
                 bins[part].write(tokens.tobytes())
                 size, own = size + len(tokens), own + [digests[0].tobytes()]
-                fine = fine and not problems
-                if task[0].last and fine:
+                why = "no text" if problems else why
+                if task[0].last and not why:
                     add(part, [size], np.frombuffer(combine(own), np.uint8)[None])
                 elif task[0].last:
                     bins[part].truncate(bins[part].seek(ends[part] * tokens.itemsize))
-                    skipped["no text"] += 1
+                    skipped[why] += 1
             show(task[-1].read, sum(ends))
     return dict(skipped)
 

@@ -230,6 +230,7 @@ def test_hostile_corpora_are_refused_in_one_line_and_leave_nothing(tmp_path, cap
     for arguments in (["--out", tmp_path / "taken"], ["--out", tmp_path / "fine.txt"],
                       ["--out", "/proc/none"], ["--out", tmp_path / "fine.txt/out"],
                       ["--validation-share", 1], ["--validation-share", "nan"],
+                      ["--test-share", 0.99], ["--test"],
                       ["--processes", 0], ["--encoding", "gpt3"],
                       ["--encoding", tmp_path / "fine.txt"], [tmp_path / "none*"],
                       [tmp_path / "taken"], [""], ["--suffix", ".none", ROOT / "data"]):
@@ -359,6 +360,21 @@ def test_where_no_documents_were_set_aside_the_last_tenth_is(tmp_path):
     assert len(corpus.train) == (len(corpus.train) + len(corpus.validation)) * 9 // 10
     counted = np.bincount(corpus.validation, minlength=1025)
     assert np.array_equal(corpus.validation_counts, counted)
+
+
+def test_what_is_for_a_test_is_in_the_other_folder_alone(tmp_path, monkeypatch):
+    """Short documents and long ones: each in one of the parts, the same for validation as before."""
+    monkeypatch.setattr(prepare, "PIECE", 64)
+    texts = [f"{number} " * (number % 40 + 1) for number in range(400)]
+    write_lines(tmp_path / "texts.jsonl", texts)
+    shares = dict(validation_share=0.2, test_share=0.3)
+    before = make(tmp_path, tmp_path / "texts.jsonl", validation_share=0.2)
+    rest = make(tmp_path, tmp_path / "texts.jsonl", **shares)
+    tested = documents(make(tmp_path, tmp_path / "texts.jsonl", **shares, test=True))
+    assert sorted(documents(rest) + tested) == sorted(texts)
+    assert documents(rest, "validation") == documents(before, "validation")
+    assert 80 < len(tested) < 160 and max(map(len, tested)) > 64
+    assert json.loads((rest / "manifest.json").read_text())["skipped"]["left out"] == len(tested)
 
 
 def test_tokens_too_long_to_wait_for_are_checked_beside_the_training(prepared, tmp_path, monkeypatch,

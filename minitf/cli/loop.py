@@ -128,7 +128,7 @@ def run_steps(state, corpus, constants, out, log_to):
     with metrics, Progress(how, model.length) as progress, host.stop_signals() as stop:
         if not start:
             save(out, metrics, state)
-        watch = begin_watch(settings, params, constants, corpus, start, out, metrics)
+        watch = begin_watch(settings, params, constants, corpus, start, out, metrics, progress)
         record = partial(record_step, metrics, progress, watch, how)
         pending = last = None                                     # the device is one step ahead
         asked, saved_at = 0, time.monotonic()
@@ -181,14 +181,16 @@ def show_beginning(trained, corpus):
     show_sample(trained, prompt, Sampling())
 
 
-def begin_watch(settings, params, constants, corpus, start, out, metrics):
+def begin_watch(settings, params, constants, corpus, start, out, metrics, progress):
     """The Watch of a run that begins, or of one that is taken up again, from its metrics."""
     watch = Watch(settings.training.warmup, out, len(corpus.validation))
     if not start:
         windows = data.spread_windows(corpus.validation, settings.model.length,
                                       settings.training.at_once)
-        _, blocks = training.evaluate(params, constants, windows, settings.model, len(windows))
+        loss, blocks = training.evaluate(params, constants, windows, settings.model, len(windows))
         metrics.add({"step": 0, **blocks})
+        progress.note(f"step 0: loss {loss:.3f} on {len(windows)} windows of validation text; now "
+                      "the step is compiled")
     for line in metrics.lines():
         watch.recall(line)
     return watch
