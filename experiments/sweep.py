@@ -1,10 +1,11 @@
 """Many runs of run.py, each a line of a file: seeds, a random search, the best of it at length.
 
-    python experiments/sweep.py run FILE "FLAGS" ... [--data DIR] [--seeds 0,1,2] [--together N]
-                                [--random N [--best K --then "FLAGS"]]
+    python experiments/sweep.py run FILE "FLAGS" ... [--data DIR] [--test DIR] [--seeds 0,1,2]
+                                [--together N] [--random N [--best K --then "FLAGS"]]
     python experiments/sweep.py report FILE ... [--plot FILE.png]
 
 FLAGS are run.py's. What the file has is not repeated, and a run that was cut short goes on.
+--test: text on which each trained network is evaluated as well, as data/prepare.py --test makes it.
 --random N: of each FLAGS N trials, the first as it is, the others with rates, decay, pull and gamma
 drawn around it. --best K: the K of them that are best in the mean over seeds once more, with the
 flags of --then as well. A run that diverges counts, as the worst.
@@ -39,12 +40,12 @@ FACTORS = dict(learning_rate=2, lr_mult_embed=2, lr_mult_qk=2, lr_mult_vo=2, wei
                orthogonal_pull=4, gamma=4)
 
 
-def run(file, flags, data, seeds, random, best, then, together):
+def run(file, flags, texts, seeds, random, best, then, together):
     """Trains what `file` lacks; returns how many runs failed."""
     asked, later = [parse(text) for text in flags], parse(then)
     failed = train_all(file, [
         (dict(search=each, number=number) if random else {}, drawn(each, number) | dict(seed=seed))
-        for number in range(random or 1) for seed in seeds for each in asked], data, together)
+        for number in range(random or 1) for seed in seeds for each in asked], texts, together)
     for each in asked if best else ():
         trials = {}                                               # number: its losses, by seed
         for record in read(file):
@@ -52,7 +53,7 @@ def run(file, flags, data, seeds, random, best, then, together):
                 trials.setdefault(record["number"], []).append(loss(record))
         numbers = sorted(trials, key=lambda number: np.mean(trials[number]))[:best]
         failed += train_all(file, [({}, drawn(each, number) | later | dict(seed=seed))
-                                   for number in numbers for seed in seeds], data, together)
+                                   for number in numbers for seed in seeds], texts, together)
     return failed
 
 
@@ -93,8 +94,11 @@ def drawn(flags, number):
     return changed
 
 
-def train_all(file, trials, data, together):
-    """Trains [(what else to record, flags)], in turn on each of so many places."""
+def train_all(file, trials, texts, together):
+    """Trains [(what else to record, flags)], in turn on each of so many places.
+
+    texts: what to train on and what to test on, or None.
+    """
     done = {key(each["flags"]) for each in read(file)}
     places = SimpleQueue()
     for place in range(together):
@@ -104,7 +108,7 @@ def train_all(file, trials, data, together):
         also, flags = trial
         place = places.get()
         try:
-            return train(file, also, flags, data, place, together)
+            return train(file, also, flags, *texts, take_place(place, together))
         finally:
             places.put(place)
 
@@ -125,24 +129,29 @@ def folder_of(file, flags):
     return file.with_suffix("") / hashlib.sha256(key(flags).encode()).hexdigest()[:12]
 
 
-def train(file, also, flags, data, place, together):
+def train(file, also, flags, data, test, environment):
     """One run, from where it stopped, in a folder beside `file`; a line there. True if it fails."""
+    program = [sys.executable, HERE.parent / "run.py"]
+    call = lambda *arguments: subprocess.run([*program, *arguments], env=environment, text=True,
+                                             capture_output=True)
     folder = folder_of(file, flags)
     steps, said, problem = resolve(**flags).training.steps, shlex.join(arguments(flags)), ""
     if not any(line["step"] == steps for line in lines_of(folder)):
         begun = any(folder.glob("checkpoint-*.npz"))
         where = ["--resume", folder] if begun else \
             [*arguments(flags), *["--data", data] * bool(data), "--out", folder]
-        ended = subprocess.run([sys.executable, HERE.parent / "run.py", *where],
-                               env=take_place(place, together), stdout=subprocess.DEVNULL,
-                               stderr=subprocess.PIPE, text=True)
+        ended = call(*where)
         problem = ended.stderr.strip() if ended.returncode else ""
+    tested = call("--eval", folder, "--data", test) if test and not problem else None
+    problem = tested.stderr.strip() if tested and tested.returncode else problem
     if problem and not DIVERGED.search(problem):
         print(f"{said}: {problem}", flush=True)
         return True
     record = dict(flags=flags, **also, **measured(lines_of(folder)), revision=__version__)
     if problem:
         record |= dict(validation_loss=float("nan"), ended=problem)
+    if tested:
+        record["test_loss"] = float(re.search(r"([0-9.]+) nats", tested.stdout)[1])
     add(file, **record)
     shutil.rmtree(folder)
     print(f"{said}: {loss(record):.3f}", flush=True)
@@ -231,14 +240,16 @@ def report(files, plot):
     ordered = sorted(groups.items(), key=lambda item: np.mean([*map(loss, item[1])]))
     shared = common(everyone[0], everyone) if everyone else {}
     long = any(each.get("gradient_ratio") for each in records)
+    tested = any("test_loss" in each for each in records)
     print(f"All: `{shlex.join(arguments(shared))}`. Validation loss: the mean over seeds."
           + " Gradient norm: the largest after step 500 over that at step 500." * long + "\n")
-    print(header("flags", "seeds", "validation loss", "spread",
+    print(header("flags", "seeds", "validation loss", "spread", *["test loss"] * tested,
                  *["gradient norm, see above"] * long))
     for name, group in ordered:
         losses = [*map(loss, group)]
         print(row(f"`{name}`", ", ".join(str(each["flags"].get("seed", 0)) for each in group),
                   f"{np.mean(losses):.3f}", f"{max(losses) - min(losses):.3f}",
+                  *[f"{np.mean([each.get('test_loss', np.nan) for each in group]):.3f}"] * tested,
                   *[", ".join(f"{each.get('gradient_ratio') or np.nan:.1f}" for each in group)]
                   * long))
     for search, group in searches_of(records).items():
@@ -271,7 +282,8 @@ def main():
     made.add_argument("what", choices=("run", "report"))
     made.add_argument("file", type=Path)
     made.add_argument("more", nargs="*", metavar="FLAGS", help="or, of a report, further files")
-    made.add_argument("--data", help="as run.py's; it is not recorded")
+    made.add_argument("--data", help="as run.py's; it is not recorded, nor is --test")
+    made.add_argument("--test", metavar="DIR", help="a text, or a prepared folder, to test on")
     made.add_argument("--seeds", type=lambda text: [*map(int, text.split(","))], default=[0],
                       metavar="N,N,...", help="of each FLAGS (default: 0)")
     numbers = dict(random=(0, "trials of a search"), best=(0, "of these, to run once more"),
@@ -285,8 +297,8 @@ def main():
         require(given.what == "report" or given.more, "run needs FLAGS, as \"--attn espa\"")
         if given.what == "report":
             return report([given.file, *map(Path, given.more)], given.plot)
-        return bool(run(given.file, given.more, given.data, given.seeds, given.random, given.best,
-                        given.then, given.together))
+        return bool(run(given.file, given.more, (given.data, given.test), given.seeds,
+                        given.random, given.best, given.then, given.together))
     except (ValueError, OSError) as error:
         made.error(str(error))
     except KeyboardInterrupt:

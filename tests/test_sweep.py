@@ -26,6 +26,8 @@ def calls(no_sample, monkeypatch):
 
     def run(arguments, **_):
         made.append([*map(str, arguments[2:])])
+        if made[-1][0] == "--eval":
+            return SimpleNamespace(returncode=0, stdout="8 tokens, 9 bytes: 1.2345 nats a token")
         main(made[-1])
         return SimpleNamespace(returncode=0)
 
@@ -35,7 +37,7 @@ def calls(no_sample, monkeypatch):
 
 def asked(tmp_path, **others):
     """The sweep that the tests ask for; how many runs failed."""
-    return sweep.run(**dict(file=tmp_path / "runs.jsonl", flags=[TINY], data=None, seeds=[0],
+    return sweep.run(**dict(file=tmp_path / "runs.jsonl", flags=[TINY], texts=(None, None), seeds=[0],
                             random=2, best=1, then="--steps 6", together=1) | others)
 
 
@@ -74,6 +76,13 @@ def test_a_search_goes_on_where_it_was_killed(tmp_path, calls, monkeypatch, caps
     assert first["flags"] == record["flags"]
     sweep.report([tmp_path / "runs.jsonl"], None)
     assert f"{record['validation_loss']:.3f}" in capsys.readouterr().out
+
+    (tmp_path / "runs.jsonl").unlink()
+    assert asked(tmp_path, random=0, best=0, texts=(None, "a text")) == 0
+    assert calls[-1][0] == "--eval" and calls[-1][2:] == ["--data", "a text"]
+    sweep.report([tmp_path / "runs.jsonl"], None)
+    output = capsys.readouterr().out
+    assert "| test loss |" in output and "1.234" in output
 
 
 @given(st.sampled_from(["isometric", "preln", "paper"]), st.integers(1, 1000))

@@ -3,7 +3,6 @@
 To add a group, name its parameters in GROUPS, give its multiple in `group_rates`, and add it to
 MATRIX_GROUPS if Muon is to train it.
 """
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -91,8 +90,7 @@ def orthogonal_updates(dtype):
     rate serves both.
     """
     return optax.stateless_with_tree_map(
-        lambda w, _: 0.2 * max(w.shape[1:]) ** 0.5
-        * sharding.one_matrix_a_device(partial(newton_schulz, dtype=dtype), w))
+        lambda w, _: 0.2 * max(w.shape[1:]) ** 0.5 * newton_schulz(sharding.by_matrix(w), dtype))
 
 
 def newton_schulz(x, dtype):
@@ -135,8 +133,7 @@ def hold_linear_path():
         for group, how in rates["linear_path"].items():
             names = LINEAR_PATH[group]
             pairs = [[tree[name] for name in names] for tree in (weights, blocks)]
-            new = sharding.one_matrix_a_device(lambda pairs: held(*pairs, **how), pairs)
-            blocks |= dict(zip(names, new))
+            blocks |= dict(zip(names, held(*pairs, **how)))
         return updates | {"blocks": blocks}, state
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 

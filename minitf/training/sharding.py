@@ -188,15 +188,15 @@ def whole(tree):
     return constrain(tree, P())
 
 
-def one_matrix_a_device(function, x):
-    """function(x), x of arrays (L, in, out): each device computes its share of the L matrices."""
-    ways = P("fsdp"), P(("fsdp", "data"))          # first an all-to-all, then each takes its part
-    for way in ways:
-        x = constrain(x, way)
-    x = function(x)
-    for way in reversed(ways):
-        x = constrain(x, way)
-    return x
+def by_matrix(tree, back=False):
+    """A tree of which each device has its share of the L matrices of each array (L, in, out).
+
+    back: the other way, to where RULES want them.
+    """
+    ways = [P("fsdp"), P(("fsdp", "data"))]     # first an all-to-all, then each takes its part
+    for way in reversed(ways) if back else ways:
+        tree = jax.tree.map(lambda leaf: constrain(leaf, way) if leaf.ndim == 3 else leaf, tree)
+    return constrain(tree) if back else tree
 
 
 def distribute(ops):
