@@ -286,7 +286,7 @@ def test_the_first_step_of_muon_by_singular_values(shape, size, seed):
     for _ in range(5):
         s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
     expected = -0.2 * max(shape[1:])**0.5 * (u * s[:, None] @ vt)
-    chain = optimizer.muon("float32")
+    chain = optax.chain(optimizer.muon_moments(), optimizer.orthogonal_updates("float32"))
     got = chain.update(gradient, chain.init(gradient))[0]["up"]
     assert np.max(np.abs(got - expected)) <= 3.45**5 * 9 * EPS32 * np.max(np.abs(expected))
 

@@ -33,8 +33,11 @@ def make_optimizer(name, dtype="float32"):
     dtype: of Muon's matrix products; states and everything else are float32.
     update() is also given rates, those of `group_rates`, and learning_rate, that of the step.
     """
-    return optax.chain(optax.clip_by_global_norm(1.0), OPTIMIZERS[name](dtype), scale_by_group(),
-                       hold_linear_path())
+    moments, of_matrices = OPTIMIZERS[name]
+    steps = [of_matrices(dtype)] if of_matrices else []
+    steps += [scale_by_group(), hold_linear_path()]
+    return optax.chain(optax.clip_by_global_norm(1.0), moments(),
+                       by_matrix(optax.chain(*steps), of_matrices is not None))
 
 
 def group_rates(training, model):
@@ -70,27 +73,47 @@ def learning_rate(training, step):
 
 # --- The transformations ----------------------------------------------------------------
 
-def muon(dtype):
-    """Muon (Jordan et al. 2024) for the blocks' matrices, Adam for the rest, at a rate of 1."""
+def muon_moments():
+    """Momentum for the blocks' matrices, which Muon (Jordan et al. 2024) takes, Adam for the rest.
+
+    At a rate of 1.
+    """
     groups = lambda params: by_name(
         lambda name, w: "matrix" if GROUPS.get(name) in MATRIX_GROUPS else "other", params)
-    momentum = optax.trace(0.95, nesterov=True)
     return optax.partition({
-        "matrix": optax.chain(momentum, orthogonal_updates(dtype), optax.scale(-1.0)),
+        "matrix": optax.chain(optax.trace(0.95, nesterov=True), optax.scale(-1.0)),
         "other": optax.adam(1.0, b2=0.95, nesterov=True)}, groups)
 
 
-OPTIMIZERS = {"muon": muon, "adamw": lambda dtype: optax.adam(1.0, b2=0.95)}
+def by_matrix(inner, always):
+    """`inner`, of which each device computes its share of the L matrices of each array.
+
+    Not always: where the linear path is held. Else all is done entry by entry, wherever it is.
+    """
+    def update(updates, state, params, rates, **others):
+        spread = always or rates["linear_path"]
+        if spread:
+            updates, params = sharding.by_matrix((updates, params))
+        updates, state = inner.update(updates, state, params, rates=rates, **others)
+        return sharding.by_matrix(updates, back=True) if spread else updates, state
+    return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
 def orthogonal_updates(dtype):
-    """Matrices (L, in, out) -> nearly orthogonal ones, times 0.2 sqrt(max(in, out)).
+    """The blocks' matrices (L, in, out) -> nearly orthogonal ones, times 0.2 sqrt(max(in, out)).
 
     An update then has the size of Adam's (Liu et al. 2025, arXiv 2502.16982), and one learning
     rate serves both.
     """
-    return optax.stateless_with_tree_map(
-        lambda w, _: 0.2 * max(w.shape[1:]) ** 0.5 * newton_schulz(sharding.by_matrix(w), dtype))
+    def of_leaf(name, u):
+        is_matrix = GROUPS.get(name) in MATRIX_GROUPS
+        return 0.2 * max(u.shape[1:]) ** 0.5 * newton_schulz(u, dtype) if is_matrix else u
+    return optax.stateless(lambda updates, params: by_name(of_leaf, updates))
+
+
+# What has moments, and what is then made of whole matrices, of a dtype.
+OPTIMIZERS = {"muon": (muon_moments, orthogonal_updates),
+              "adamw": (lambda: optax.adam(1.0, b2=0.95), None)}
 
 
 def newton_schulz(x, dtype):

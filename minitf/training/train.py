@@ -55,10 +55,10 @@ def train_step(params, opt_state, constants, rates, learning_rate, batch, config
     value, gradient = loss_and_gradient(params, constants, batch, config, parts, draw)
     gradient = sharding.constrain(gradient)
     updates, opt_state = make_optimizer(optimizer, config.dtype).update(
-        gradient, opt_state, sharding.by_matrix(params), rates=rates, learning_rate=learning_rate)
+        gradient, opt_state, params, rates=rates, learning_rate=learning_rate)
     metrics = {"loss": value, "grad_norm": optax.tree.norm(gradient),
                "grad_norms": gradient_norms(gradient)}
-    params = optax.apply_updates(params, sharding.by_matrix(updates, back=True))
+    params = optax.apply_updates(params, updates)
     return *sharding.constrain((params, opt_state)), sharding.whole(metrics)
 
 
