@@ -52,7 +52,8 @@ def measure(settings, vocabulary, timed, kernels, draw, collectives):
     constants = attention_constants(model)
     seconds_constants = time.perf_counter() - started
     params = sharding.make(partial(init, config=model, vocabulary=vocabulary), jax.random.key(0))
-    weights = params["head"].size + sum(w.size for w in params["blocks"].values() if w.ndim == 3)
+    weights = params["head"].size + sum(
+        w.size for w in jax.tree.leaves(params["blocks"]) if w.ndim == 3)
     state = sharding.make(optimizer.make_optimizer(how.optimizer).init, params)
     fixed = sharding.place((constants, optimizer.group_rates(how, model)))
     tokens = np.random.default_rng(0).integers(0, vocabulary, 10**6, np.int32)

@@ -1,6 +1,7 @@
 """Successors of the method, as comparisons: each does at the start what it promises."""
 from itertools import product
 
+import bench
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -178,6 +179,7 @@ def test_nested_parameters_are_saved_inspected_and_exported(no_sample, tmp_path,
     blocks = checkpoint.load(folder).params["blocks"]
     assert {name: leaf.shape for name, leaf in blocks["norm1"].items()} == {
         "gain": (2, 16), "slope": (2, 1), "shift": (2, 1)}
+    assert bench.measure(checkpoint.newest(folder)[0].settings, 50, 1, 0, 0, 0)["loss"] > 0
 
 
 def test_an_encoder_is_trained_and_evaluated_at_few_bits(tmp_path, capsys):
