@@ -199,6 +199,9 @@ class TrainingConfig(Checked):
     pull_groups: str = flag("additions", "which products both are about, of vo,mlp (default: vo "
                              "without identity-skip, mlp with mlp-init looks_linear)")
 
+    unit_embeddings: bool = flag("additions", "each token's vector is brought back to mean square "
+                                 "1 after each step, as theory takes it", default=False)
+
     @property
     def at_once(self):
         """Sequences that are computed together."""

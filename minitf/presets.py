@@ -92,7 +92,7 @@ DEFAULTS = dict(depth=36, width=64, heads=4, length=64, rho=0.8, eta=0.9, zeta=1
                 objective="clm", identity_values=False, qk_norm=False, trained_weights=False,
                 parallel=False,
                 steps=400, batch=16, accumulate=1, seed=0, weight_decay=0.0, lr_mult_path=1.0,
-                orthogonal_pull=0.0, data=None, val_data=None, encoding=None)
+                orthogonal_pull=0.0, unit_embeddings=False, data=None, val_data=None, encoding=None)
 
 
 def scaled(rates, width, depth, steps, power):

@@ -108,7 +108,7 @@ OTHERS = dict(                                             # two values each: on
     learning_rate=(0.123, 1.0), warmup=(7, 20), save_every=(9, 80), lr_mult_embed=(3.3, 1.0),
     lr_mult_qk=(3.3, 1.0), lr_mult_vo=(3.3, 1.0), weight_decay=(0.77, 0.0),
     decay_groups=("vo", "qk"), orthogonal_pull=(0.77, 0.0), pull_groups=("mlp", "vo"),
-    lr_mult_path=(0.77, 1.0), query_init=("near-identity", "gaussian"),
+    lr_mult_path=(0.77, 1.0), unit_embeddings=(True, False), query_init=("near-identity", "gaussian"),
     objective=("mlm", "clm"), identity_values=(True, False), qk_norm=(True, False),
     mlp_alpha=(0.2, 0.0), mlp_beta=(0.98, 1.0), trained_weights=(True, False), parallel=(True, False),
     data=("a", None), val_data=("b", None), encoding=("c", None))

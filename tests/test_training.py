@@ -207,6 +207,10 @@ def test_each_parameter_moves_at_its_own_rate(preset, flags):
     undecayed = after(lr_mult_qk=5.0)
     held = after(lr_mult_vo=0.5, orthogonal_pull=0.25, lr_mult_path=0.5, pull_groups="vo")
     free = after(lr_mult_vo=0.5)
+    moved = weights["embed"] + after(unit_embeddings=True)["embed"]
+    assert np.allclose(np.square(moved).mean(-1), 1, rtol=1e-5), "rows of mean square 1"
+    assert np.allclose(moved * np.linalg.norm(weights["embed"] + plain["embed"], axis=-1)[:, None],
+                       4 * (weights["embed"] + plain["embed"]), atol=1e-4)
     pair = [[jnp.asarray(tree[name]) for name in ("value", "output")] for tree in (weights, free)]
     size = 6**-0.5 if settings.preset == "preln" else 1.0        # of 3 blocks with plain skips
     slowed = dict(zip(("value", "output"), optimizer.held(*pair, pull=0.25, rate=0.5, size=size)))

@@ -28,7 +28,7 @@ LINEAR_PATH = {"vo": ("value", "output"), "mlp": ("up", "down")}
 
 
 def make_optimizer(name, dtype="float32"):
-    """Clipping at norm 1, then Muon or AdamW, rates and decay by group, the linear path held.
+    """Clipping at norm 1, then Muon or AdamW, rates and decay by group; then what is held.
 
     dtype: of Muon's matrix products; states and everything else are float32.
     update() is also given rates, those of `group_rates`, and learning_rate, that of the step.
@@ -37,15 +37,15 @@ def make_optimizer(name, dtype="float32"):
     steps = [of_matrices(dtype)] if of_matrices else []
     steps += [scale_by_group(), hold_linear_path()]
     return optax.chain(optax.clip_by_global_norm(1.0), moments(),
-                       by_matrix(optax.chain(*steps), of_matrices is not None))
+                       by_matrix(optax.chain(*steps), of_matrices is not None), hold_rows())
 
 
 def group_rates(training, model):
     """What is tuned, as a pytree of numbers, so that trials need no new compilation.
 
     {"learning_rate", "weight_decay": {group: number or (L, 1, 1)}, "linear_path": {group: what
-    `held` takes}}. The first multiplies the step's learning rate; a group that is missing in the
-    second does not decay, one that is missing in the third is not held.
+    `held` takes}, "row_size": {parameter: number}}. The first multiplies the step's learning rate;
+    a group that is missing in the second does not decay, what is missing in the others is not held.
     """
     by_block = 1.0
     if model.identity_skip:
@@ -60,7 +60,8 @@ def group_rates(training, model):
         "weight_decay": {group: training.weight_decay for group in training.decay_groups.split(",")
                          if group and training.weight_decay},
         "linear_path": {group: dict(path, size=size) for group, size in path_sizes(model).items()
-                        if group in held}})
+                        if group in held},
+        "row_size": {"embed": 1.0} if training.unit_embeddings else {}})
 
 
 def learning_rate(training, step):
@@ -158,6 +159,21 @@ def hold_linear_path():
             pairs = [[tree[name] for name in names] for tree in (weights, blocks)]
             blocks |= dict(zip(names, held(*pairs, **how)))
         return updates | {"blocks": blocks}, state
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def hold_rows():
+    """Brings the rows of a parameter back to one root mean square.
+
+    Embeddings grow otherwise, and with them all that follows: without norms nothing divides by it.
+    """
+    def update(updates, state, params, rates, learning_rate):
+        for name, size in rates["row_size"].items():
+            moved = params[name] + updates[name]
+            square = jnp.square(moved).mean(-1, keepdims=True)
+            scale = size / jnp.sqrt(jnp.maximum(square, 1e-30))
+            updates = updates | {name: scale * moved - params[name]}
+        return updates, state
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
