@@ -128,7 +128,7 @@ def untuned(preset, flags):
     """
     if preset == "isometric" and flags.get("optimizer") == "adamw" and flags.get("steps", 0) > 2000:
         return ("note: isometric with adamw was unstable in runs of 6,000 steps at width 256; muon "
-                "was not, up to 24,000")
+                "was not, up to 24,000; --unit-embeddings was tried at width 64 only, and held it")
     if "learning_rate" in flags:
         return None
     if preset in SUCCESSORS:

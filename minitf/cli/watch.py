@@ -4,8 +4,9 @@ import numpy as np
 from ..training.train import largest_gradient
 
 GRADIENT, SQUARE = 100.0, 1000.0              # times its early level
-HELPS = ("what helps, in a new run: a smaller --learning-rate, more --weight-decay, and of all "
-         "matrices (--decay-groups qk,vo,mlp). Each block: python run.py --inspect {}")
+HELPS = ("what helps, in a new run: --unit-embeddings where there are no norms, a smaller "
+         "--learning-rate, more --weight-decay, and of all matrices (--decay-groups qk,vo,mlp). "
+         "Each block: python run.py --inspect {}")
 
 
 class Watch:
