@@ -3,7 +3,6 @@
 To add a group, name its parameters in GROUPS, give its multiple in `group_rates`, and add it to
 MATRIX_GROUPS if Muon is to train it.
 """
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,7 +36,7 @@ def make_optimizer(name, dtype="float32"):
     steps = [of_matrices(dtype)] if of_matrices else []
     steps += [scale_by_group(), hold_linear_path()]
     return optax.chain(optax.clip_by_global_norm(1.0), moments(),
-                       by_matrix(optax.chain(*steps), of_matrices is not None), hold_rows())
+                       spread(optax.chain(*steps), of_matrices is not None), hold_rows())
 
 
 def group_rates(training, model):
@@ -86,17 +85,17 @@ def muon_moments():
         "other": optax.adam(1.0, b2=0.95, nesterov=True)}, groups)
 
 
-def by_matrix(inner, always):
+def spread(inner, always):
     """`inner`, of which each device computes its share of the L matrices of each array.
 
     Not always: where the linear path is held. Else all is done entry by entry, wherever it is.
     """
     def update(updates, state, params, rates, **others):
-        spread = always or rates["linear_path"]
-        if spread:
+        whole = always or rates["linear_path"]
+        if whole:
             updates, params = sharding.by_matrix((updates, params))
         updates, state = inner.update(updates, state, params, rates=rates, **others)
-        return sharding.by_matrix(updates, back=True) if spread else updates, state
+        return sharding.by_matrix(updates, back=True) if whole else updates, state
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
@@ -138,13 +137,13 @@ def times_gram(x, function):
 
 def scale_by_group():
     """Each group's decoupled weight decay, if it has one, and its own learning rate."""
-    def update(updates, state, params, rates, learning_rate):
+    def update(updates, params, rates, learning_rate):
         def of_leaf(name, u, w):
             group = GROUPS.get(name)
             u = u - rates["weight_decay"][group] * w if group in rates["weight_decay"] else u
             return u * (learning_rate * rates["learning_rate"].get(group, 1.0))
-        return by_name(of_leaf, updates, params), state
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+        return by_name(of_leaf, updates, params)
+    return stateless(update)
 
 
 def hold_linear_path():
@@ -152,14 +151,14 @@ def hold_linear_path():
 
     A network without skips multiplies these products, and so the spreads of their singular values.
     """
-    def update(updates, state, params, rates, learning_rate):
+    def update(updates, params, rates, learning_rate):
         blocks, weights = dict(updates["blocks"]), params["blocks"]
         for group, how in rates["linear_path"].items():
             names = LINEAR_PATH[group]
             pairs = [[tree[name] for name in names] for tree in (weights, blocks)]
             blocks |= dict(zip(names, held(*pairs, **how)))
-        return updates | {"blocks": blocks}, state
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+        return updates | {"blocks": blocks}
+    return stateless(update)
 
 
 def hold_rows():
@@ -167,14 +166,14 @@ def hold_rows():
 
     Embeddings grow otherwise, and with them all that follows: without norms nothing divides by it.
     """
-    def update(updates, state, params, rates, learning_rate):
+    def update(updates, params, rates, learning_rate):
         for name, size in rates["row_size"].items():
             moved = params[name] + updates[name]
             square = jnp.square(moved).mean(-1, keepdims=True)
             scale = size / jnp.sqrt(jnp.maximum(square, 1e-30))
             updates = updates | {name: scale * moved - params[name]}
-        return updates, state
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+        return updates
+    return stateless(update)
 
 
 def held(weights, updates, pull, rate, size):
@@ -210,6 +209,13 @@ def solve_sum(g1, g2, e, steps=4):
         after = dot(residual, residual)
         direction = residual + after / jnp.maximum(before, 1e-30) * direction
     return x
+
+
+def stateless(update):
+    """A transformation of update(updates, params, rates, learning_rate) -> updates."""
+    return optax.GradientTransformationExtraArgs(
+        lambda params: optax.EmptyState(),
+        lambda updates, state, params, **others: (update(updates, params, **others), state))
 
 
 def by_name(function, tree, *others):
