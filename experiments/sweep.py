@@ -249,9 +249,8 @@ def report(files, plot):
         losses = [*map(loss, group)]
         print(row(f"`{name}`", ", ".join(str(each["flags"].get("seed", 0)) for each in group),
                   f"{np.mean(losses):.3f}", f"{max(losses) - min(losses):.3f}",
-                  *[f"{np.mean([each.get('test_loss', np.nan) for each in group]):.3f}"] * tested,
-                  *[", ".join(f"{each.get('gradient_ratio') or np.nan:.1f}" for each in group)]
-                  * long))
+                  *[known(np.mean([each.get("test_loss", np.nan) for each in group]), 3)] * tested,
+                  *[", ".join(known(each.get("gradient_ratio"), 1) for each in group)] * long))
     for search, group in searches_of(records).items():
         losses = [*map(loss, group)]
         around = shlex.join(arguments(json.loads(search)))
@@ -262,6 +261,11 @@ def report(files, plot):
     if plot:
         curves.draw({f"{name}: {np.mean([*map(loss, group)]):.3f}": mean_of(group)
                      for name, group in ordered}, plot, True)
+
+
+def known(number, digits):
+    """A number in so many digits; nothing where there is none."""
+    return f"{number:.{digits}f}" if number and np.isfinite(number) else ""
 
 
 def mean_of(group):

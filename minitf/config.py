@@ -198,9 +198,9 @@ class TrainingConfig(Checked):
                                   "at the start", low=0, high=1)
     pull_groups: str = flag("additions", "which products both are about, of vo,mlp (default: vo "
                              "without identity-skip, mlp with mlp-init looks_linear)")
-
     unit_embeddings: bool = flag("additions", "each token's vector is brought back to mean square "
-                                 "1 after each step, as theory takes it", default=False)
+                                 "1 after each step, as theory takes it (default: the preset's)",
+                                 default=False)      # of earlier checkpoints
 
     @property
     def at_once(self):

@@ -25,8 +25,9 @@ PRESETS = {
         attn="espa", alpha=0.0, beta=1.0, norm="none", act="gelu", transform="none",
         init="orthogonal", mlp_init="looks_linear", head_init="zero",
         optimizer="muon", lr_mult_path=0.1, orthogonal_pull=0.2, weight_decay=0.1,
-        rates=dict(muon=Rates(6e-4, 64.0, 16.0, 8.0, "qk,vo"),
-                   adamw=Rates(1.5e-4, 256.0, 16.0, 0.5)),    # at width 256 unstable: results.md
+        unit_embeddings=True,
+        rates=dict(muon=Rates(6e-4, 128.0, 16.0, 8.0, "qk,vo"),
+                   adamw=Rates(1.5e-4, 1024.0, 16.0, 8.0)),
         rate_power=0.5),
     # He et al. (ICLR 2023). Not known to us: their positions, head, schedule, batch, width, weight
     # decay and rates. 16 for embeddings and head is the best of a few multiples that we tried.
@@ -41,8 +42,8 @@ PRESETS = {
     "normless": dict(
         attn="espa", alpha=0.98, beta=sqrt(1 - 0.98**2), norm="none", act="relu", transform="none",
         init="orthogonal", mlp_init="orthogonal", head_init="zero",
-        optimizer="muon", weight_decay=0.1,
-        rates=dict(muon=Rates(2e-3, 32.0, 4.0, 0.5), adamw=Rates(2e-3, 64.0, 4.0, 0.5))),
+        optimizer="muon", weight_decay=0.1, unit_embeddings=True,
+        rates=dict(muon=Rates(3e-3, 32.0, 4.0, 0.5), adamw=Rates(2e-3, 64.0, 4.0, 0.5))),
     # The standard transformer: skips, layer norm, GELU.
     "preln": dict(
         attn="softmax", alpha=1.0, beta=1.0, norm="layer", act="gelu", transform="none",
@@ -122,20 +123,14 @@ def gammas_by_length(heads, length, row_scale):
 
 
 def untuned(preset, flags):
-    """A note where a preset's rates were tuned for something else than these flags; else None.
-
-    And where they are known to be too large.
-    """
-    if preset == "isometric" and flags.get("optimizer") == "adamw" and flags.get("steps", 0) > 2000:
-        return ("note: isometric with adamw was unstable in runs of 6,000 steps at width 256; muon "
-                "was not, up to 24,000; --unit-embeddings was tried at width 64 only, and held it")
+    """A note where a preset's rates were tuned for something else than these flags; else None."""
     if "learning_rate" in flags:
         return None
     if preset in SUCCESSORS:
         return f"note: the learning rates of preset {preset} are those of preln"
     shapes = ("attn", "objective", "act", "transform", "alpha", "beta", "norm", "init", "mlp_init",
               "position", "query_init", "identity_values", "qk_norm", "mlp_alpha", "mlp_beta",
-              "trained_weights", "parallel")
+              "trained_weights", "parallel", "unit_embeddings")
     usual = DEFAULTS | PRESETS[preset]
     others = [f"{name} {flags[name]}" for name in shapes
               if name in flags and flags[name] != usual.get(name)]

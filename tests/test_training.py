@@ -146,7 +146,7 @@ GROUP_OF = {"embed": "embed", "position": "embed", "norm": "embed", "head": "emb
             "query": "qk", "key": "qk", "value": "vo", "output": "vo", "up": "mlp", "down": "mlp",
             "norm1": None, "norm2": None, "vskip_alpha": None, "vskip_beta": None}
 PLAIN = dict(learning_rate=1e-3, warmup=0, lr_mult_embed=1.0, lr_mult_qk=1.0, lr_mult_vo=1.0,
-             weight_decay=0.0, lr_mult_path=1.0, orthogonal_pull=0.0)
+             weight_decay=0.0, lr_mult_path=1.0, orthogonal_pull=0.0, unit_embeddings=False)
 
 
 @partial(jax.jit, static_argnums=4)
