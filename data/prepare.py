@@ -109,6 +109,7 @@ def prepare(files, out, encoding, suffix="", validation_share=0.01, test_share=0
             f"processes must be at least 1 and at most 1024, not {processes}")
     require(not os.path.lexists(out), f"{out} exists: a prepared corpus never overwrites anything")
     encoding = with_end_of_text(encodings.load_encoding(encoding))
+    files = [*map(os.path.expanduser, files)]
     sources = [(name, Path(name).is_dir(), find_files(name, suffix)) for name in files]
     sizes = [sum(map(os.path.getsize, paths)) for _, _, paths in sources]
     beside = out.absolute().with_name(f".{out.absolute().name}.part")

@@ -1,6 +1,7 @@
 """Other platforms and a machine's faults, imitated: what is missing there decides nothing."""
 import ctypes
 import errno
+import io
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from minitf import resolve
-from minitf.cli import host, loop
+from minitf.cli import host, loop, progress
 from minitf.cli.main import main, prepare_streams
 from minitf.training import checkpoint, encoding as encodings
 
@@ -131,6 +132,15 @@ def test_a_stream_that_cannot_print_decides_nothing(monkeypatch, tmp_path):
         assert "checkpoint-00000003.npz" in names(tmp_path / f"é{number}")
     monkeypatch.setattr(sys, "stdout", object())                 # a notebook's
     prepare_streams()
+
+
+def test_a_long_work_is_seen_on_a_terminal_alone(monkeypatch):
+    for terminal, said in ((True, "\rbatch 1 of 2, 0:00 left"), (False, "")):
+        stream = io.StringIO()
+        stream.isatty = lambda terminal=terminal: terminal
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert [*progress.through("ab", 2, "batch")] == ["a", "b"]
+        assert stream.getvalue().rstrip("\r ") == said
 
 
 def test_a_folder_whose_run_never_began_can_be_used(copy, capsys):

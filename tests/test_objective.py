@@ -7,6 +7,7 @@ from networks import (D, EPS32, T, V, attention_stack, compiled_as, init, orthon
                       prescribed_kernels, random_tokens, small, stirred)
 
 from minitf import attention_constants, forward, resolve
+from minitf.cli import inspection
 from minitf.network import decode, objectives
 from minitf.theory import kernels as theory, spa
 from minitf.training import train
@@ -66,6 +67,11 @@ def test_a_share_of_the_tokens_is_masked(length, seed):
     hidden = np.asarray(objectives.masked(tokens, seed))
     assert np.all(hidden.sum(1) == max(round(0.15 * length), 1))
     assert np.array_equal(objectives.masked(tokens[::-1], seed), hidden[::-1])
+
+
+def test_a_report_is_about_text_with_masks():
+    settings, windows, vocabulary = inspection.read_windows(resolve(objective="mlm", length=40))
+    assert windows.shape[1] == 40 and np.all((windows == vocabulary).sum(1) == 6)
 
 
 def test_other_sequences_and_other_steps_mask_other_tokens():

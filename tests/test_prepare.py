@@ -195,13 +195,14 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(tmp_path):
     assert len(documents(one)) == 52 and 5 < len(documents(one, "validation")) < 26
 
 
-def test_folders_are_read_by_suffix_and_what_is_no_text_is_counted(tmp_path):
+def test_folders_are_read_by_suffix_and_what_is_no_text_is_counted(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "in/.git").mkdir(parents=True)
     contents = {"a.py": b"a = 1\n", "b.md": b"# B\n", "c.py": b"\xff\xfe", "d.py": b"\0",
                 "e.py": b" \n", ".git/f.py": b"f"}
     for name, content in contents.items():
         (tmp_path / "in" / name).write_bytes(content)
-    out = make(tmp_path, tmp_path / "in", suffix=".py")
+    out = make(tmp_path, "~/in", suffix=".py")
     assert documents(out) == ["a = 1\n"]
     assert json.loads((out / "manifest.json").read_text())["skipped"] == {"no text": 2, "blank": 1}
     assert documents(make(tmp_path, tmp_path / "in")) == ["a = 1\n", "# B\n"]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..network import fast, model
+from ..network import fast, model, objectives
 from ..network.init import init
 from ..theory import kernels as theory
 from ..training import checkpoint, data, sharding
@@ -41,8 +41,15 @@ def inspect(settings, plot_path):
 def read_windows(settings):
     """(settings with the text's collision rate, windows of it (n, T), vocabulary)."""
     corpus, settings = read_corpus(settings)
-    windows = data.spread_windows(corpus.validation, settings.model.length, WINDOWS)[:, :-1]
-    return settings, windows, vocabulary_of(corpus.encoding)
+    return settings, windows_of(corpus, settings.model), vocabulary_of(corpus.encoding)
+
+
+def windows_of(corpus, config):
+    """Windows of the validation text (n, T), as the network is given them."""
+    windows = data.spread_windows(corpus.validation, config.length, WINDOWS)[:, :-1]
+    if config.objective == "mlm":
+        windows = np.asarray(objectives.hide(windows, vocabulary_of(corpus.encoding))[0])
+    return windows
 
 
 def inspect_run(folder, plot_path, mesh=None):
@@ -50,7 +57,7 @@ def inspect_run(folder, plot_path, mesh=None):
     saved = checkpoint.newest(folder)[0]
     settings, config = saved.settings, saved.settings.model
     corpus = data.load(settings.data, config.length, saved.encoding)
-    windows = data.spread_windows(corpus.validation, config.length, WINDOWS)[:, :-1]
+    windows = windows_of(corpus, config)
     key, constants = jax.random.key(settings.training.seed), theory.attention_constants(config)
     start = initialise(key, config, vocabulary_of(saved.encoding))
     with sharding.use(mesh, settings):

@@ -124,6 +124,17 @@ class Progress:
         self.width = len(text)
 
 
+def through(items, count, what):
+    """Yields `count` items; on a terminal a line says how many are done, until all are."""
+    begun, terminal = time.perf_counter(), getattr(sys.stdout, "isatty", bool)()
+    for done, item in enumerate(items, 1):
+        yield item
+        if terminal:
+            left = clock((time.perf_counter() - begun) / done * (count - done))
+            line = f"{what} {done:,} of {count:,}, {left} left"
+            print("\r" + (line.ljust(79) if done < count else " " * 79 + "\r"), end="", flush=True)
+
+
 def clock(seconds):
     minutes, seconds = divmod(int(seconds), 60)
     if minutes < 60:

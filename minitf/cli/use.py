@@ -13,7 +13,7 @@ from ..network.quantize import bits_of
 from ..theory.kernels import network_activation
 from ..training import checkpoint, data, sharding, train
 from ..training.encoding import END, byte_lengths, known, pack_encoding
-from .progress import stream
+from .progress import stream, through
 
 
 def read_corpus(settings, encoding=None):
@@ -70,7 +70,8 @@ def evaluate(folder, names, mesh=None, quantize=None):
     total = byte_lengths(encoding) @ data.count(tokens[1:], encoding.n_vocab)
     with sharding.use(mesh, saved.settings):
         _, params, constants, _ = checkpoint.model_of(saved)
-        for windows, counted in data.every_window(tokens, config.length, size):
+        parts = data.every_window(tokens, config.length, size)
+        for windows, counted in through(parts, -(-count // (config.length * size)), "batch"):
             losses = (train.evaluate_tokens(params, constants, windows, config, bits)
                       for bits in precisions)
             nats += [np.asarray(each, float)[counted].sum() for each in losses]

@@ -16,12 +16,18 @@ def token_losses(params, constants, windows, config, ops=REFERENCE, draw=0):
     """
     tokens, targets, weights = windows[:, :-1], windows[:, 1:], 1.0
     if config.objective == "mlm":
-        hidden, targets = masked(tokens, draw), tokens                    # (B, T)
-        tokens = jnp.where(hidden, params["head"].shape[1], tokens)
+        targets = tokens                                                  # (B, T)
+        tokens, hidden = hide(tokens, params["head"].shape[1], draw)
         weights = hidden / hidden.mean(1, keepdims=True)
     x = model.final_hidden(params, constants, tokens, config, ops)
     losses = ops.cross_entropy(x, params["head"].astype(x.dtype), targets.reshape(-1))
     return weights * losses.reshape(targets.shape)
+
+
+def hide(tokens, mask, draw=0):
+    """tokens (B, T) -> the same with `mask` in place of some, and which these are."""
+    hidden = masked(tokens, draw)
+    return jnp.where(hidden, mask, tokens), hidden
 
 
 def masked(tokens, draw):
