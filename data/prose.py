@@ -1,14 +1,16 @@
 """English prose from Debian packages of documentation: python data/prose.py --out DIR DEB...
 
-Of html and xml (DocBook, Mallard) or, in packages without, txt, rst and md files, also as .gz, it
-makes DIR/PACKAGE.json.gz, JSON lines {"text": ..., "source": "package/path"}. The same packages in
-the same order give the same bytes. It needs dpkg-deb. The rules:
+Reads HTML and XML files (DocBook, Mallard); of a package that has none, txt, rst and md. All may be
+.gz. Writes DIR/PACKAGE.json.gz, JSON lines {"text": ..., "source": "package/path"}. The same
+packages in the same order give the same bytes. It needs dpkg-deb. The rules:
 
-- Not read: what is named as an index, a change log, a licence or a source of HTML.
+- Left out: paths with change, release, delta, licence, copy, gpl, artistic, index, search or
+  _sources/ in them.
 - Of HTML, scripts, navigation, listings and preformatted text are dropped.
-- A paragraph is kept if it has 8 words, ends as a sentence does, 85% of it are the letters a to z,
-  20% of its words are among the commonest ("the", "of"), and none before had the same words.
-- A document is kept if half of it is such paragraphs, and 1,000 characters of it are new.
+- A paragraph is kept if it has 8 words, ends in . ! ? or :, is letters a to z for 85% of it, blanks
+  apart, has 20% words of the commonest ("the", "of"), and no earlier one has the same words.
+- A document is kept if at least half of it is such paragraphs, seen before or not, and 1,000
+  characters of it are new.
 """
 import argparse
 import gzip
