@@ -296,7 +296,8 @@ def main():
         made.add_argument("--" + name, type=int, default=default, metavar="N", help=text)
     made.add_argument("--then", default="", metavar="FLAGS", help="what the best have as well")
     made.add_argument("--plot", type=Path, metavar="FILE.png", help="means over seeds, drawn")
-    given = made.parse_args()
+    given, single = made.parse_known_args()
+    given.more += single                                # FLAGS of one word look like options
     try:
         require(given.what == "report" or given.more, "run needs FLAGS, as \"--attn espa\"")
         if given.what == "report":

@@ -107,6 +107,15 @@ def test_the_best_of_k_is_the_mean_over_all_choices(losses, k):
     assert sweep.best_of(losses, k) == pytest.approx(np.mean(each), abs=1e-12)
 
 
+def test_flags_of_one_word_are_flags(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(sweep, "run", lambda file, flags, *_: asked.extend(flags))
+    monkeypatch.setattr(sys, "argv", ["sweep.py", "run", str(tmp_path / "runs"), "--attn uspa",
+                                      "--no-unit-embeddings", "--seeds", "1"])
+    sweep.main()
+    assert asked == ["--attn uspa", "--no-unit-embeddings"]
+
+
 def test_the_tables_that_are_kept_can_be_printed(capsys):
     for name in ("trials", "long", "laptop", "ladder"):
         sweep.report([sweep.HERE / f"{name}.jsonl"], None)
