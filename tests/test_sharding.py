@@ -60,7 +60,7 @@ def test_a_mesh_that_does_not_fit_is_refused(text, said):
 
 def test_refusals_name_the_numbers_that_do():
     command = [sys.executable, "run.py", "--depth", "2", "--steps", "1", "--width", "36",
-               "--heads", "2"]
+               "--heads", "2", "--data", "minitf/*/*.py"]
     for flags, said in [("--batch 12 --mesh data=8", "8 does not divide the sequences, 12; "
                          "1, 2, 3, 4, 6 would"),
                         ("--mesh fsdp=8", "8 does not divide the width, 36; 1, 2, 3, 4, 6 would")]:
@@ -70,8 +70,14 @@ def test_refusals_name_the_numbers_that_do():
         assert said in done.stderr
 
 
-IMPATIENT = ("from minitf.training import sharding; sharding.LOST_AFTER = 5; "
-             "from minitf.cli.main import main; main()")
+IMPATIENT = """
+import minitf.cli.loop
+from minitf.cli.main import main
+from minitf.training import sharding
+sharding.LOST_AFTER = 5
+minitf.cli.loop.show_sample = lambda *_: None                # its programs take a second to trace
+main()
+"""
 
 
 def start(folder, which, port, *flags):
@@ -80,7 +86,7 @@ def start(folder, which, port, *flags):
                "--processes", "2", "--process-id", str(which), "--mesh", "data=2,fsdp=2", *flags]
     if "--resume" not in flags:
         command += ["--preset", "preln", "--depth", "2", "--width", "32", "--length", "32",
-                    "--out", str(folder)]
+                    "--data", "minitf/*/*.py", "--out", str(folder)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             text=True, env=environment(2))
 

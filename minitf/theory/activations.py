@@ -83,6 +83,7 @@ def plain(name):
     return Activation(name, slope=SLOPES.get(name, 1.0))
 
 
+@lru_cache                                             # a search takes a tenth of a second
 def solve(name, transform, depth, alpha=0.0, beta=1.0, eta=0.9, zeta=1.5, tau=0.3):
     """The Activation for a network of `depth` blocks with skips alpha and branches beta.
 
