@@ -22,6 +22,7 @@ import scipy.special
 
 import minitf
 from minitf.cli.main import main
+from minitf.presets import PRESETS
 from minitf.training import checkpoint, data, train
 
 ROOT = Path(__file__).parents[1]
@@ -264,11 +265,14 @@ def test_nothing_in_a_checkpoint_is_executed(copy):
         checkpoint.load_checkpoint(checkpoint.checkpoints(copy)[0])
 
 
-def test_resuming_refuses_by_name_and_continues_with_more_steps(launch, copy, capsys):
+def test_resuming_refuses_by_name_and_continues_with_more_steps(launch, copy, capsys, monkeypatch):
     line = refusal(capsys, "--resume", copy, "--width", 16, "--depth", 2)
     assert "--width" in line and "--depth" not in line
     assert "trained" in refusal(capsys, "--resume", copy)
     assert "data" in refusal(capsys, "--resume", copy, "--steps", 204, "--data", data.RANKS)
+    with monkeypatch.context() as patch:                   # a run of before a preset was changed
+        patch.setitem(PRESETS, "isometric", PRESETS["isometric"] | dict(orthogonal_pull=0.3))
+        assert "other defaults" in refusal(capsys, "--resume", copy, "--steps", 204)
     newest = checkpoint.checkpoints(copy)[0]
     newest.write_bytes(newest.read_bytes()[:-100])
     status, _, errors = finish(launch("--resume", copy, "--steps", 204, "--learning-rate", 1e-4))

@@ -84,7 +84,9 @@ def go_on(folder, out, flags, mesh, log_to):
         print(f"run.py: {problem}; falling back to the one of step {state.step}", file=sys.stderr)
     changed = changes(state.settings, flags)
     refuse_others(changed, MAY_CHANGE, f"cannot change on resuming; {', '.join(MAY_CHANGE)} can")
-    if changed:
+    if changed:                                                   # defaults are then made anew
+        require(state.settings.replace() == state.settings, f"{folder} was begun with other "
+                "defaults than today's: it goes on as it is, without other flags")
         before = state.settings.training.learning_rate
         state = state._replace(settings=state.settings.replace(**changed))
         rate = state.settings.training.learning_rate
