@@ -41,7 +41,7 @@ import numpy as np
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 from minitf.cli import host                                             # noqa: E402
-from minitf.cli.progress import clock                                      # noqa: E402
+from minitf.cli.progress import clock, on_terminal                         # noqa: E402
 from minitf.errors import Parser, require                                  # noqa: E402
 from minitf.training import checkpoint, data, encoding as encodings        # noqa: E402
 from minitf.training.encoding import END                                   # noqa: E402
@@ -578,7 +578,7 @@ def progress(total):
     In place on a terminal, elsewhere now and then by a line of its own.
     """
     started = shown = time.monotonic()
-    terminal = sys.stdout.isatty()
+    terminal = on_terminal()
 
     def say(read, tokens):
         nonlocal shown

@@ -24,6 +24,7 @@ from subprocess import DEVNULL, PIPE, Popen
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from minitf.errors import Parser, require                                  # noqa: E402
+from minitf.training import checkpoint                                     # noqa: E402
 
 READ = r"\.(?:(x?html?|xml|docbook|page)|txt|rst|md)(?:\.gz)?$"
 LEFT_OUT = r"(?i)_sources/|change|delta|release|licen[cs]e|copy|gpl|artistic|index|search"
@@ -57,9 +58,8 @@ def convert(path, out, seen):
             document = {"text": text, "source": f"{package}/{name}"}
             lines.append(json.dumps(document, ensure_ascii=False) + "\n")
     out.mkdir(parents=True, exist_ok=True)
-    beside = out / f".{package}.json.gz.part"
-    beside.write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
-    beside.replace(out / f"{package}.json.gz")
+    packed = gzip.compress("".join(lines).encode(), mtime=0)
+    checkpoint.write(out / f"{package}.json.gz", lambda file: file.write(packed))
     print(f"{package}: {len(lines)} of {len(found)} documents, {sum(map(len, lines))} characters")
 
 
@@ -90,19 +90,19 @@ def prose(text, seen):
     """The paragraphs of a text that are prose and not `seen`; "" if they are too few."""
     paragraphs = [" ".join(each.split()) for each in re.split(r"\n\s*\n", text)]
     kept, size = [], 0
-    for paragraph in filter(is_prose, paragraphs):
-        words = " ".join(re.findall("[a-z]+", paragraph.lower()))
-        size += len(paragraph)
-        if words not in seen:
-            kept.append(paragraph)
-        seen.add(words)
+    for paragraph in paragraphs:
+        words = re.findall("[a-z]+", paragraph.lower())
+        if is_prose(paragraph, words):
+            size += len(paragraph)
+            if " ".join(words) not in seen:
+                kept.append(paragraph)
+            seen.add(" ".join(words))
     text = "\n\n".join(kept)
     return text if len(text) >= 1000 and 2 * size >= sum(map(len, paragraphs)) else ""
 
 
-def is_prose(paragraph):
-    """Whether it is words, most of them English, that end as a sentence does."""
-    words = re.findall("[a-z]+", paragraph.lower())
+def is_prose(paragraph, words):
+    """Whether it is nearly all words, some of them the commonest, and ends as a sentence does."""
     return (len(words) >= 8 and re.search(r"[.!?:][\"')\u201d\u2019]*$", paragraph)
             and len("".join(words)) >= 0.85 * len(paragraph.replace(" ", ""))
             and sum(word in COMMON for word in words) >= 0.2 * len(words))

@@ -249,8 +249,8 @@ def report(files, plot):
         losses = [*map(loss, group)]
         print(row(f"`{name}`", ", ".join(str(each["flags"].get("seed", 0)) for each in group),
                   f"{np.mean(losses):.3f}", f"{max(losses) - min(losses):.3f}",
-                  *[known(np.mean([each.get("test_loss", np.nan) for each in group]), 3)] * tested,
-                  *[", ".join(known(each.get("gradient_ratio"), 1) for each in group)] * long))
+                  *[shown(np.mean([each.get("test_loss", np.nan) for each in group]), 3)] * tested,
+                  *[", ".join(shown(each.get("gradient_ratio"), 1) for each in group)] * long))
     for search, group in searches_of(records).items():
         losses = [*map(loss, group)]
         around = shlex.join(arguments(json.loads(search)))
@@ -263,7 +263,7 @@ def report(files, plot):
                      for name, group in ordered}, plot, True)
 
 
-def known(number, digits):
+def shown(number, digits):
     """A number in so many digits; nothing where there is none."""
     return f"{number:.{digits}f}" if number and np.isfinite(number) else ""
 

@@ -71,7 +71,7 @@ class Progress:
 
     def __init__(self, training, length):
         self.steps, self.tokens, self.width = training.steps, training.batch * length, 0
-        self.terminal = getattr(sys.stdout, "isatty", bool)()
+        self.terminal = on_terminal()
         self.every = 1 if self.terminal else max(training.steps // 20, 1)
         self.seconds, self.compiled = None, False          # of a step, smoothed
         self.rest()
@@ -126,13 +126,18 @@ class Progress:
 
 def through(items, count, what):
     """Yields `count` items; on a terminal a line says how many are done, until all are."""
-    begun, terminal = time.perf_counter(), getattr(sys.stdout, "isatty", bool)()
+    begun, terminal = time.perf_counter(), on_terminal()
     for done, item in enumerate(items, 1):
         yield item
         if terminal:
             left = clock((time.perf_counter() - begun) / done * (count - done))
-            line = f"{what} {done:,} of {count:,}, {left} left"
-            print("\r" + (line.ljust(79) if done < count else " " * 79 + "\r"), end="", flush=True)
+            line = f"{what} {done:,} of {count:,}, {left} left" if done < count else ""
+            print(f"\r{line:79}", end="" if line else "\r", flush=True)
+
+
+def on_terminal():
+    """Whether a line that is printed can be changed. There may be no stdout."""
+    return getattr(sys.stdout, "isatty", bool)()
 
 
 def clock(seconds):
