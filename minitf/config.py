@@ -102,6 +102,11 @@ class ModelConfig(Checked):
     row_scale: str = flag("additions", "D: holds every position at mean square 1, or the paper's "
                           "row sums (default: unit)", "unit", "row-sum")
     identity_skip: bool = flag("additions", "espa: c of A = c I + P is a skip, attention P alone")
+    extra_heads: int = flag("additions", "heads beyond width / features of a head, whose W^O "
+                            "starts at zero, without B and D (default: the preset's, or 0)",
+                            default=0, low=0, high=10_000)
+    mlp_ratio: float = flag("additions", "hidden features of the MLPs over the width (default: the "
+                            "preset's, or 4)", default=4.0, low=2, high=1000)
     init: str = flag("additions", "initialisation of W^V and W^O", "orthogonal", "gaussian",
                      "orthogonal-3")
     mlp_init: str = flag("additions", "initialisation of the MLPs; orthogonal is the paper's",
@@ -126,6 +131,21 @@ class ModelConfig(Checked):
                        "less memory, more time (default: attention's output too; on a GPU up to "
                        "48 blocks everything)")
 
+    @property
+    def features(self):
+        """Of a head, k."""
+        return self.width // self.heads
+
+    @property
+    def all_heads(self):
+        """Extra ones too, which stand last."""
+        return self.heads + self.extra_heads
+
+    @property
+    def hidden(self):
+        """Features within an MLP."""
+        return round(self.mlp_ratio * self.width)
+
     def __post_init__(self):
         super().__post_init__()
         require(self.width % self.heads == 0,
@@ -133,8 +153,11 @@ class ModelConfig(Checked):
         require(len(self.gamma) == self.heads,
                 f"gamma must be one number or one for each of {self.heads} heads, "
                 f"not {len(self.gamma)}")
-        require(self.position != "rope" or self.width // self.heads % 2 == 0,
-                f"rope needs an even number of features a head, not {self.width // self.heads}")
+        require(self.position != "rope" or self.features % 2 == 0,
+                f"rope needs an even number of features a head, not {self.features}")
+        require(self.mlp_ratio * self.width == self.hidden and self.hidden % 2 == 0,
+                f"mlp-ratio times width must be an even integer, not "
+                f"{self.mlp_ratio * self.width:g}")
         require(not self.identity_skip or self.attn == "espa" and self.alpha == 0,
                 "identity-skip needs attn espa and alpha 0")
         exactly = self.transform != "none"
@@ -161,6 +184,8 @@ class ModelConfig(Checked):
                 "qk-norm needs a query-init that is not zero")
         require(self.init not in INIT_SCALES or self.norm in ("layer", "rms"),
                 f"init {self.init} needs norm layer or rms, not {self.norm}")
+        require(not self.extra_heads or not self.identity_values,
+                "extra-heads do not go with identity-values: they need a W^O")
         require(not self.identity_skip or not (self.identity_values or self.trained_weights),
                 "identity-skip goes neither with identity-values nor with trained-weights")
         require(not both_sides or not self.identity_skip and not family.centred,
@@ -297,6 +322,7 @@ def resolve(preset: str = "isometric", collision_rate: float = 0.0, backend: str
         query_init=look_up(FAMILIES, values["attn"], "attn").query_init,
         mlp_alpha=values["alpha"],
         mlp_beta=values["beta"],
+        extra_heads=values["heads"] // 2 if values["half_extra"] else 0,
         pull_groups=",".join(
             ["vo"] * (not values["identity_skip"] and not values["identity_values"])
             + ["mlp"] * (values["mlp_init"] == "looks_linear")),

@@ -38,7 +38,7 @@ def make(**flags):
 ATTENTION = {
     "espa": dict(attn="espa", gamma=(0.8, 0.1)),
     "identity_skip": dict(attn="espa", gamma=(0.8, 0.1), identity_skip=True, alpha=0.0),
-    "uspa": dict(attn="uspa"),
+    "uspa": dict(attn="uspa", extra_heads=1, mlp_ratio=3.0),
     "vskip": dict(attn="vskip"),
     "softmax": dict(attn="softmax"),
 }

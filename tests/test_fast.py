@@ -79,7 +79,7 @@ CASES = [                             # each activation, norm and loop; attentio
     dict(preset="preln"),
     dict(act="leaky_relu", transform="dks", mlp_init="orthogonal"),
     dict(norm="rms", alpha=0.8, position="learned"),
-    dict(remat=True),
+    dict(remat=True, extra_heads=1, mlp_ratio=3.0),
 ]
 
 
@@ -97,9 +97,9 @@ def test_what_a_cpu_runs_is_what_the_formulas_say(flags):
 
 
 @pytest.mark.parametrize("flags, kernel", [
-    (dict(identity_skip=True, gamma=(0.8, 0.1), position="none"), "flash"),
-    (dict(attn="softmax", position="learned"), "flash"),
-    (dict(attn="uspa"), "cudnn"),
+    (dict(identity_skip=True, gamma=(0.8, 0.1), position="none", extra_heads=1), "flash"),
+    (dict(attn="softmax", position="learned", extra_heads=1), "flash"),
+    (dict(attn="uspa", extra_heads=1), "cudnn"),
     (dict(objective="mlm"), "cudnn"),
     (dict(preset="preln", attn="espa", remat=True), "flash"),
 ], ids=name)

@@ -64,6 +64,41 @@ def test_attention_does_not_depend_on_the_input(attn, seed, a, b):
             assert wrong > 1e-2
 
 
+@given(st.sampled_from(SILENT), seeds, st.integers(1, 5))
+def test_extra_heads_are_silent_at_the_start(attn, seed, extra):
+    """Whatever they attend to: states are those of the network without them, to rounding."""
+    config, params, constants = network(attn, seed, extra_heads=extra)
+    start = params["blocks"]["output"][:, D:]
+    assert not np.any(start) and start.shape[1] == extra * config.features
+    blocks = stirred(params, seed, 0.1)["blocks"]
+    blocks["output"] = blocks["output"].at[:, D:].set(0)
+    bare, without = small(attn), dict(blocks, output=blocks["output"][:, :D])
+    without |= {name: blocks[name][:, :, :D] for name in ("query", "key", "value")}
+    without |= {name: leaf[:, :4] for name, leaf in blocks.items() if name.startswith("vskip")}
+    x = orthonormal_tokens(seed)
+    got = block_stack(blocks, constants, x, config)
+    expected = block_stack(without, theory.attention_constants(bare), x, bare)
+    # A block is six sums of up to 4 d terms; what they round by passes up to four such blocks.
+    tolerance = 6 * np.sqrt(4 * D) * EPS32 * np.arange(1, 5)[:, None, None]
+    scale = np.abs(expected).max((1, 2), keepdims=True) + np.abs(x).max()
+    assert np.all(np.abs(got - expected) <= 4 * tolerance * scale)
+
+
+@pytest.mark.parametrize("attn", PRESCRIBED)
+def test_extra_heads_have_plain_attention_less_the_own_share(attn):
+    """B = 0; D takes off what an even attention gives to the own token. All others are as before."""
+    constants = theory.attention_constants(small(attn, extra_heads=2))
+    before, share = theory.attention_constants(small(attn)), np.arange(T) / np.arange(1, T + 1)
+    for name, table in constants.items():
+        expected = np.maximum(share, 0.001) if name == "row_scale" else 0.0
+        if name != "skip_scale":
+            assert np.allclose(table[:, -2:], expected, rtol=1e-6, atol=0)
+            table = table[:, :-2]
+        assert np.all(table == before[name]) and np.all(np.isfinite(table) | (table == -np.inf))
+    both = small("espa", extra_heads=2, objective="mlm")
+    assert np.allclose(theory.attention_constants(both)["row_scale"][:, -2:], 1 - 1 / T)
+
+
 @given(seeds)
 def test_vskip_starts_as_the_identity(seed):
     """Attention gives X W^V W^O, to the rounding of two products of d terms."""
@@ -113,7 +148,7 @@ def test_an_mlp_that_looks_linear_is_a_rotation(act, seed, size):
     """
     config = resolve("paper", depth=16, width=D, mlp_init="looks_linear", act=act[0],
                      transform=act[1], zeta=1.2).model
-    up, down = looks_linear(*jax.random.split(jax.random.key(seed)), 2, D,
+    up, down = looks_linear(*jax.random.split(jax.random.key(seed)), 2, D, 4 * D,
                             theory.network_activation(config), 1.0)
     weights = {"up": up[1], "down": down[1]}
     f = lambda x, weights: mlp(x, weights, config, REFERENCE)
@@ -127,7 +162,7 @@ def test_an_mlp_that_looks_linear_is_a_rotation(act, seed, size):
     assert np.max(np.abs(f(x, bent) + f(-x, bent) - 2 * f(0 * x, bent))) > 0.01
 
 
-looks_linear = jax.jit(MLP_INITS["looks_linear"], static_argnums=(2, 3, 4, 5))
+looks_linear = jax.jit(MLP_INITS["looks_linear"], static_argnums=(2, 3, 4, 5, 6))
 mlp = jax.jit(model.mlp_sublayer, static_argnums=(2, 3))   # without a skip: the MLP alone
 
 

@@ -1,6 +1,8 @@
 """Presets and settings: what is stated, what a flag changes beside a preset, and nothing else."""
 from dataclasses import asdict, fields
+from functools import partial
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,6 +12,7 @@ from minitf import resolve
 from minitf.cli import loop
 from minitf.cli.main import main
 from minitf.config import FIELDS, ModelConfig, TrainingConfig
+from minitf.network.init import init
 from minitf.presets import PRESETS, untuned
 from minitf.theory.activations import NAMES
 from minitf.theory.kernels import attention_constants, network_activation, attended_rms
@@ -88,7 +91,7 @@ def test_gamma_by_length(flags, expected):
 
 # --- A flag changes one thing -----------------------------------------------------------
 
-CHAINS = ("isometric", "paper", "identity-skip")           # without skips: rates fall with depth
+CHAINS = ("isometric", "extra-heads", "paper", "identity-skip")   # rates fall with depth
 FOLLOWS = {                                                # of each flag, what else changes
     "width": {"learning_rate"}, "heads": {"gamma"},
     "alpha": {"beta", "mlp_alpha", "mlp_beta"}, "beta": {"mlp_beta"},
@@ -108,9 +111,11 @@ OTHERS = dict(                                             # two values each: on
     learning_rate=(0.123, 1.0), warmup=(7, 20), save_every=(9, 80), lr_mult_embed=(3.3, 1.0),
     lr_mult_qk=(3.3, 1.0), lr_mult_vo=(3.3, 1.0), weight_decay=(0.77, 0.0),
     decay_groups=("vo", "qk"), orthogonal_pull=(0.77, 0.0), pull_groups=("mlp", "vo"),
-    lr_mult_path=(0.77, 1.0), unit_embeddings=(True, False), query_init=("near-identity", "gaussian"),
+    extra_heads=(3, 0), mlp_ratio=(5.0, 4.0), lr_mult_path=(0.77, 1.0),
+    unit_embeddings=(True, False), query_init=("near-identity", "gaussian"),
     objective=("mlm", "clm"), identity_values=(True, False), qk_norm=(True, False),
-    mlp_alpha=(0.2, 0.0), mlp_beta=(0.98, 1.0), trained_weights=(True, False), parallel=(True, False),
+    mlp_alpha=(0.2, 0.0), mlp_beta=(0.98, 1.0), trained_weights=(True, False),
+    parallel=(True, False),
     data=("a", None), val_data=("b", None), encoding=("c", None))
 NOT_ALLOWED = {
     ("identity-skip", "alpha"): "identity-skip needs", ("identity-skip", "attn"): "needs attn espa",
@@ -119,13 +124,14 @@ NOT_ALLOWED = {
     ("preln", "transform"): "alpha^2", ("preln", "parallel"): "parallel needs alpha 0",
     **{(preset, name): "alpha^2" for preset in ("paper", "normless")
        for name in ("mlp_alpha", "mlp_beta")},
+    ("extra-heads", "identity_values"): "extra-heads do not go",
     ("identity-skip", "identity_values"): "goes neither with",
     ("identity-skip", "trained_weights"): "nor with trained-weights",
-    **{(preset, name): said for preset in ("isometric", "paper", "normless", "identity-skip")
+    **{(preset, name): said for preset in (*CHAINS, "normless")
        for name, said in dict(parallel="parallel does not go", query_init="needs query-init zero",
                               qk_norm="qk-norm needs").items()}}
 RATE_GIVEN = dict(learning_rate=1e-3)
-OWN = ("isometric", "paper", "normless", "identity-skip", "preln")
+OWN = ("isometric", "extra-heads", "paper", "normless", "identity-skip", "preln")
 
 
 def followers(preset, name):
@@ -134,6 +140,8 @@ def followers(preset, name):
         return {"learning_rate", "lr_mult_embed"} if preset in CHAINS else set()
     if name == "attn":                                     # of softmax, W^Q is not 0
         return {"query_init"} if preset == "preln" else set()
+    if name == "heads" and preset == "extra-heads":
+        return {"gamma", "extra_heads"}
     if name == "alpha" and preset == "preln":
         return {"beta", "mlp_alpha", "mlp_beta"}
     if name == "length":                                   # the paper's gamma is one for all
@@ -188,6 +196,17 @@ def test_the_rules_of_what_follows():
     assert settings.training.warmup == 50 and settings.training.save_every == 200
     assert settings.model.rho_first == 0.999               # below 1, though all tokens are equal
     assert resolve(steps=1).training.save_every == 1
+
+
+@given(st.sampled_from([2, 4, 8, 16]), st.sampled_from([64, 256]))
+def test_extra_heads_need_no_more_parameters(heads, width):
+    """Half as many heads more, and smaller MLPs: the isometric network's number."""
+    def count(preset):
+        config = resolve(preset, heads=heads, width=width).model
+        shapes = jax.eval_shape(partial(init, config=config, vocabulary=50), jax.random.key(0))
+        return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    assert resolve("extra-heads", heads=heads).model.all_heads == heads * 3 // 2
+    assert count("extra-heads") == count("isometric")
 
 
 SOME = {name: st.sampled_from(choices) for name, choices in OTHERS.items()}

@@ -121,7 +121,7 @@ def test_each_head_takes_the_largest_part_of_its_own_matrix(heads, seed):
     So its singular vectors are shared evenly: W^Q^T W^Q = W^K^T W^K, diagonal and falling.
     """
     query, key = (np.asarray(w, float).reshape(2, D, heads, D // heads) for w in
-                  starts.near_identity(jax.random.key(seed), None, 2, D, heads))
+                  starts.near_identity(jax.random.key(seed), None, 2, D, heads, D // heads))
     for layer in range(2):
         for head in range(heads):
             q, k = query[layer, :, head], key[layer, :, head]

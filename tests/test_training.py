@@ -131,7 +131,7 @@ def test_rates_fall_with_width_and_where_there_are_no_skips_with_depth(preset, d
                                       optimizer=name).training
     here, tuned, rates = at(2 * half, depth), at(64, 36), PRESETS[preset]["rates"][name]
     assert tuned.learning_rate == rates.learning_rate and tuned.lr_mult_embed == rates.lr_mult_embed
-    chain = preset in ("isometric", "paper", "identity-skip")
+    chain = preset in ("isometric", "extra-heads", "paper", "identity-skip")
     by_depth, by_width = (36 / depth)**0.5 if chain else 1.0, (64 / (2 * half))**0.5
     assert here.learning_rate == pytest.approx(tuned.learning_rate * by_width * by_depth)
     assert (here.lr_mult_qk, here.lr_mult_vo) == (rates.lr_mult_qk, rates.lr_mult_vo)
@@ -180,7 +180,7 @@ def parts_kept(gammas, depth):
 
 
 @pytest.mark.parametrize("preset, flags", [
-    ("isometric", {}),
+    ("isometric", {}), ("isometric", dict(extra_heads=1, mlp_ratio=3.0)),
     ("identity-skip", dict(optimizer="adamw", gamma=(0.8, 0.16))),
     ("preln", dict(attn="vskip", position="learned"))], ids=str)
 def test_each_parameter_moves_at_its_own_rate(preset, flags):
@@ -211,9 +211,14 @@ def test_each_parameter_moves_at_its_own_rate(preset, flags):
     assert np.allclose(np.square(moved).mean(-1), 1, rtol=1e-5), "rows of mean square 1"
     assert np.allclose(moved * np.linalg.norm(weights["embed"] + plain["embed"], axis=-1)[:, None],
                        4 * (weights["embed"] + plain["embed"]), atol=1e-4)
-    pair = [[jnp.asarray(tree[name]) for name in ("value", "output")] for tree in (weights, free)]
+    # What extra heads give is no part of the path.
+    path = {"value": np.s_[:, :, :16], "output": np.s_[:, :16]}
+    pair = [[jnp.asarray(tree[name][part]) for name, part in path.items()]
+            for tree in (weights, free)]
     size = 6**-0.5 if settings.preset == "preln" else 1.0        # of 3 blocks with plain skips
-    slowed = dict(zip(("value", "output"), optimizer.held(*pair, pull=0.25, rate=0.5, size=size)))
+    slowed = {name: np.array(free[name]) for name in path}
+    for name, corrected in zip(path, optimizer.held(*pair, pull=0.25, rate=0.5, size=size)):
+        slowed[name][path[name]] = corrected
     skipping = settings.model.identity_skip
     unskipped = moves(settings.replace(identity_skip=False), params, gradient)
     c = parts_kept(settings.model.gamma, 3) if skipping else np.zeros(3)

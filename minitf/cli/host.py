@@ -26,7 +26,8 @@ def require_memory(settings, vocabulary):
     """
     model, batch = settings.model, settings.training.at_once
     d, length, depth = model.width, model.length, model.depth
-    numbers = 3 * (12 * d * d * depth + 2 * d * vocabulary)
+    of_block = 4 * model.all_heads * model.features + 2 * model.hidden
+    numbers = 3 * (of_block * d * depth + 2 * d * vocabulary)
     dense = model.attn == "uspa" or model.objective == "mlm" and model.attn == "espa"
     numbers += depth * length**2 * dense * len(set(model.gamma))
     numbers += batch * length * (vocabulary + d * depth)

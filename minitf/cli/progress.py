@@ -15,7 +15,8 @@ def describe(settings, params, corpus, out):
     model, how = settings.model, settings.training
     lines = {
         "preset": f"{settings.preset}; {out}",
-        "model": f"{model.depth} blocks, width {model.width}, {model.heads} heads, "
+        "model": f"{model.depth} blocks, width {model.width}, {model.heads} heads"
+                 f"{f' and {model.extra_heads} extra' if model.extra_heads else ''}, "
                  f"{describe_skips(model)}, {model.norm.replace('none', 'no')} norms, "
                  f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters",
         "attention": describe_attention(model),

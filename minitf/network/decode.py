@@ -17,7 +17,7 @@ from .operations import REFERENCE
 
 def empty_cache(config):
     """{"k", "v"}: keys and values of every block and position, (L, T, H, k), not made yet."""
-    shape = config.depth, config.length, config.heads, config.width // config.heads
+    shape = config.depth, config.length, config.all_heads, config.features
     return {name: jnp.zeros(shape, config.dtype) for name in ("k", "v")}
 
 

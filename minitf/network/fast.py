@@ -47,10 +47,9 @@ def operations(config, backend=None):
 
 def fuses_attention(config, backend):
     """Whether attention is left to kernels that make no T x T logits: in bfloat16 on a "gpu"."""
-    features = config.width // config.heads
     ours = flash.triton and config.attn == "espa" and config.objective == "clm"
     # cuDNN's limits, with a bias.
-    able = features % 8 == 0 and features <= 128 and (ours or config.length % 2 == 0)
+    able = config.features % 8 == 0 and config.features <= 128 and (ours or config.length % 2 == 0)
     return backend == "gpu" and config.dtype == "bfloat16" and able
 
 
@@ -91,7 +90,7 @@ def attend_fused(qkv, constants, config):
 
 def attend_flash(qkv, constants, config):
     """operations.attend by flash.py: E-SPA, or without constants causal attention."""
-    names, heads = ("slope", "first_key_bias", "self_bias"), (config.heads,)
+    names, heads = ("slope", "first_key_bias", "self_bias"), qkv.shape[3:4]
     bias = jnp.stack([constants.get(name, jnp.zeros(heads)) for name in names], -1)    # (H, 3)
     row_scale = constants.get("row_scale", jnp.ones((*heads, qkv.shape[1])))
     return flash.attend(qkv, bias, row_scale, config.position == "rope")

@@ -18,33 +18,39 @@ def init(key: jax.Array, config, vocabulary: int) -> dict:
     key: of jax.random. ValueError unless the vocabulary has a token.
 
     "embed" (V, d), "head" (d, V); learned positions: "position" (T, d); norms: "norm" (d,).
-    "blocks", each (L, ...): "query", "key", "value", "output" (d, d), "up" (d, 4 d), "down"
-    (4 d, d), all applied as x @ W; head h has the columns h k to (h + 1) k of the first three.
+    "blocks", each (L, ...): "query", "key", "value" (d, n), "output" (n, d), n = H k, extra heads
+    last, "up" (d, 4 d), "down" (4 d, d), or mlp_ratio for 4, all applied as x @ W; head h has the
+    columns h k to (h + 1) k of the first three.
     Norms: "norm1", "norm2" (d,). What a family trains, (H,). With objective mlm V is the mask.
     """
     require(isinstance(vocabulary, int) and vocabulary > 0,
             f"vocabulary must be an integer of at least 1, not {vocabulary!r}")
     d, depth, keys = config.width, config.depth, dict(zip(KEYS, jax.random.split(key, len(KEYS))))
+    extra = config.extra_heads * config.features
     branch = branch_scale(config)
     matrices, attention = MATRIX_INITS[config.init], family(config)
     blocks = {}
     blocks["query"], blocks["key"] = QUERY_INITS[config.query_init](
-        keys["query"], keys["key"], depth, d, config.heads)
+        keys["query"], keys["key"], depth, d, config.all_heads, config.features)
     if not config.identity_values:
         blocks["value"] = matrices(keys["value"], depth, d, d)
         blocks["output"] = branch * matrices(keys["output"], depth, d, d)
     blocks["up"], blocks["down"] = MLP_INITS[config.mlp_init](
-        keys["up"], keys["down"], depth, d, network_activation(config), branch)
+        keys["up"], keys["down"], depth, d, config.hidden, network_activation(config), branch)
     if config.identity_skip:                                                     # W^V W^O = I
         blocks["output"] = jnp.swapaxes(blocks["value"], 1, 2)
+    if extra:                                                                    # silent at first
+        added = matrices(jax.random.fold_in(keys["value"], 1), depth, d, extra)
+        blocks["value"] = jnp.concatenate([blocks["value"], added], 2)
+        blocks["output"] = jnp.pad(blocks["output"], ((0, 0), (0, extra), (0, 0)))
     for name, start in attention.parameters.items():
-        blocks[name] = jnp.full((depth, config.heads), start)
+        blocks[name] = jnp.full((depth, config.all_heads), start)
     for name in ("alpha", "beta", "mlp_alpha", "mlp_beta"):
         if config.trained_weights and getattr(config, name):
             blocks[name] = jnp.full(depth, getattr(config, name))
     if config.qk_norm:
         for name in ("query_gain", "key_gain"):
-            blocks[name] = jnp.ones((depth, d // config.heads))
+            blocks[name] = jnp.ones((depth, config.features))
     # Without norms the last layer's tokens are alike, and a random head gives all the same wrong
     # logits, to be unlearned first. With a final norm the customary random one learns faster.
     head = jax.random.normal(keys["head"], (d, vocabulary)) * d**-0.5
@@ -101,55 +107,53 @@ MATRIX_INITS = {
     "orthogonal-3": lambda *shape: INIT_SCALES["orthogonal-3"] * orthogonal_matrices(*shape)}
 
 
-# --- Queries and keys: (key of W^Q, of W^K, depth, d, heads) -> W^Q, W^K (L, d, d) -----------
+# --- Queries and keys: (key of W^Q, of W^K, depth, d, heads, k) -> W^Q, W^K (L, d, heads k) --
 
-def near_identity(key, _, depth, d, heads):
+def near_identity(key, _, depth, d, heads, k):
     """W^Q W^K^T = 2 Z + 0.6 I, Z_ij ~ N(0, 1 / d), as near as a head's rank allows (Ji et al.)."""
-    k = d // heads
-
     def one(key):
         u, s, v = jnp.linalg.svd(2 * jax.random.normal(key, (d, d)) * d**-0.5 + 0.6 * jnp.eye(d))
         return jnp.sqrt(s[:k]) * u[:, :k], jnp.sqrt(s[:k]) * v[:k].T
 
     pairs = jax.lax.map(one, jax.random.split(key, depth * heads))                 # (L H, d, k)
-    return [jnp.swapaxes(each.reshape(depth, heads, d, k), 1, 2).reshape(depth, d, d)
+    return [jnp.swapaxes(each.reshape(depth, heads, d, k), 1, 2).reshape(depth, d, heads * k)
             for each in pairs]
 
 
-def zero_query(_, key, depth, d, heads):
+def zero_query(_, key, depth, d, heads, k):
     """W^Q = 0: attention begins with what does not depend on the input."""
-    return jnp.zeros((depth, d, d)), gaussian_matrices(key, depth, d, d)
+    return jnp.zeros((depth, d, heads * k)), gaussian_matrices(key, depth, d, heads * k)
 
 
-def gaussian_query(key_query, key_key, depth, d, heads):
+def gaussian_query(key_query, key_key, depth, d, heads, k):
     """The standard transformer's."""
-    return gaussian_matrices(key_query, depth, d, d), gaussian_matrices(key_key, depth, d, d)
+    return tuple(gaussian_matrices(key, depth, d, heads * k) for key in (key_query, key_key))
 
 
 QUERY_INITS = {"zero": zero_query, "gaussian": gaussian_query, "near-identity": near_identity}
 
-# --- MLPs: (key of up, key of down, depth, d, phi^, scale) -> up (L, d, 4d), down (L, 4d, d) 
+# --- MLPs: (key of up, of down, depth, d, n, phi^, scale) -> up (L, d, n), down (L, n, d) ------
 
 
-def orthogonal_mlp(key_up, key_down, depth, d, phi, scale):
+def orthogonal_mlp(key_up, key_down, depth, d, n, phi, scale):
     """The paper's: two orthogonal matrices, drawn independently."""
-    return (orthogonal_matrices(key_up, depth, d, 4 * d),
-            scale * orthogonal_matrices(key_down, depth, 4 * d, d))
+    return (orthogonal_matrices(key_up, depth, d, n),
+            scale * orthogonal_matrices(key_down, depth, n, d))
 
 
-def gaussian_mlp(key_up, key_down, depth, d, phi, scale):
+def gaussian_mlp(key_up, key_down, depth, d, n, phi, scale):
     """The standard transformer's."""
-    return (gaussian_matrices(key_up, depth, d, 4 * d),
-            scale * gaussian_matrices(key_down, depth, 4 * d, d))
+    return (gaussian_matrices(key_up, depth, d, n),
+            scale * gaussian_matrices(key_down, depth, n, d))
 
 
-def looks_linear_mlp(key_up, key_down, depth, d, phi, scale):
+def looks_linear_mlp(key_up, key_down, depth, d, n, phi, scale):
     """A rotation at the start, x -> scale x R (Balduzzi et al. 2017, arXiv 1702.08591).
 
     Half of the hidden units see the negative of what the others see, and what they say is
     subtracted: phi(z) - phi(-z) = m z. Kernels are then kept exactly, at any width.
     """
-    u, r = orthogonal_stack(key_up, depth, d, 2 * d), orthogonal_stack(key_down, depth, d, d)
+    u, r = orthogonal_stack(key_up, depth, d, n // 2), orthogonal_stack(key_down, depth, d, d)
     up = jnp.sqrt(2.0) * u
     down = scale / (2**0.5 * phi.odd_slope()) * jnp.swapaxes(u, 1, 2) @ r
     return jnp.concatenate([up, -up], 2), jnp.concatenate([down, -down], 1)

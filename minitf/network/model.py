@@ -3,11 +3,11 @@
     X^ = alpha X  + beta MHA(Norm(X))         no skips: alpha = 0, beta = 1
     X' = alpha X^ + beta MLP(Norm(X^))        no norms: Norm = identity
 
-Shapes: T tokens, d = width, H heads, k = d / H, V = vocabulary, L = depth. Weights are (in, out),
-applied as x @ W. A batch is its sequences one after the other, N = B T rows, which only attention
-tells apart. Functions are pure. Parameters and constants are nested dicts of arrays, `config` is
-a static ModelConfig. `ops` says how six operations are computed: plainly, as in operations.py,
-or as fast.py does.
+Shapes: T tokens, d = width, H heads of k features, n = H k, which is d but with extra heads, V =
+vocabulary, L = depth. Weights are (in, out), applied as x @ W. A batch is its sequences one after
+the other, N = B T rows, which only attention tells apart. Functions are pure. Parameters and
+constants are nested dicts of arrays, `config` is a static ModelConfig. `ops` says how six
+operations are computed: plainly, as in operations.py, or as fast.py does.
 """
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ def final_hidden(params, constants, tokens, config, ops):
 def layers(params, constants, config):
     """Weights, in config.dtype, and constants of all blocks, each (L, ...).
 
-    W^Q, W^K and W^V, if there is one, stand side by side, "qkv", (L, d, 3 d): they are one product.
+    W^Q, W^K and W^V, if there is one, stand side by side, "qkv", (L, d, 3 n): they are one product.
     """
     weights = jax.tree.map(lambda w: w.astype(config.dtype), params["blocks"])
     names = [name for name in ("query", "key", "value") if name in weights]
@@ -102,10 +102,10 @@ def mlp_sublayer(x, weights, config, ops):
 
 def project_qkv(x, weights, config, ops):
     """x (N, d) -> queries, keys and values of all heads, (N, 3, H, k)."""
-    qkv = ops.project(x, weights["qkv"])                                  # (N, 3 d), or (N, 2 d)
+    qkv = ops.project(x, weights["qkv"])                                  # (N, 3 n), or (N, 2 d)
     if config.identity_values:
         qkv = jnp.concatenate([qkv, x], -1)
-    qkv = qkv.reshape(len(x), 3, config.heads, -1)
+    qkv = qkv.reshape(len(x), 3, config.all_heads, config.features)
     if config.qk_norm:                                                    # each head's, RMS norm
         gains = jnp.stack([weights["query_gain"], weights["key_gain"]])[:, None]
         qk = (standardise(qkv[:, :2], False)[0] * gains).astype(x.dtype)
@@ -115,7 +115,8 @@ def project_qkv(x, weights, config, ops):
 
 def output_projection(values, attended, mean, weights, config, ops):
     """values, what is attended to and perhaps the mean, (..., H, k) -> (N, d)."""
-    heads = family(config).mix(weights, values, attended, mean).reshape(-1, config.width)
+    heads = family(config).mix(weights, values, attended, mean)
+    heads = heads.reshape(-1, config.all_heads * config.features)
     return heads if config.identity_values else ops.project(heads, weights["output"])
 
 

@@ -120,8 +120,9 @@ def attention_constants(config) -> dict[str, np.ndarray]:
 
     "row_scale": D, (L, H, T). What B is made of: of E-SPA "slope", "first_key_bias", "self_bias",
     (L, H), B_ij = -slope (i - j) + first_key_bias [j = 0] + self_bias [i = j], j <= i; else "bias",
-    B itself, (L, H, T, T). 1 for H: the same for all heads. identity_skip:
-    "skip_scale" too, c / n of A = c I + P, (L, T), and D and B are of what A has beyond c I.
+    B itself, (L, H, T, T). 1 for H: the same for all heads. Extra heads are the last of H.
+    identity_skip: "skip_scale" too, c / n of A = c I + P, (L, T), and D and B are of what A has
+    beyond c I.
     """
     attention = family(config)
     if attention.row_sums is None:
@@ -139,4 +140,21 @@ def attention_constants(config) -> dict[str, np.ndarray]:
     require(all(np.isfinite(table).all() for table in others),
             f"attn {config.attn} has no finite constants with these parameters: less extreme "
             "gamma or rho are needed")
-    return {name: np.asarray(table, np.float32) for name, table in constants.items()}
+    return {name: np.float32(with_extra_heads(name, table, config))
+            for name, table in constants.items()}
+
+
+def with_extra_heads(name, table, config):
+    """A constant, (L, H or 1, ...), with those of the extra heads behind it, which add messages.
+
+    B = 0, and D is the share that others have of an even attention, i / (i + 1) at position i: the
+    first token has nobody else to attend to. There D is 0.001, since kernels divide by it.
+    """
+    if not config.extra_heads or name == "skip_scale":
+        return table
+    depth, _, *others = table.shape
+    extra = np.zeros((depth, config.extra_heads, *others))
+    if name == "row_scale":
+        seen = np.arange(config.length) + 1 if config.objective == "clm" else config.length
+        extra += np.maximum(1 - 1 / seen, 0.001)
+    return np.concatenate([np.broadcast_to(table, (depth, config.heads, *others)), extra], 1)

@@ -154,9 +154,13 @@ def hold_linear_path():
     def update(updates, params, rates, learning_rate):
         blocks, weights = dict(updates["blocks"]), params["blocks"]
         for group, how in rates["linear_path"].items():
-            names = LINEAR_PATH[group]
-            pairs = [[tree[name] for name in names] for tree in (weights, blocks)]
-            blocks |= dict(zip(names, held(*pairs, **how)))
+            first, second = LINEAR_PATH[group]
+            # Extra heads, which come after the first d features, are none of the path.
+            n = weights[first].shape[1 if group == "vo" else 2]
+            parts = (first, np.s_[:, :, :n]), (second, np.s_[:, :n])
+            pairs = [[tree[name][part] for name, part in parts] for tree in (weights, blocks)]
+            for (name, part), corrected in zip(parts, held(*pairs, **how)):
+                blocks[name] = blocks[name].at[part].set(corrected)
         return updates | {"blocks": blocks}
     return stateless(update)
 

@@ -79,7 +79,7 @@ def use(text, settings):
     "all": as many devices, on data, as divide the batch. ValueError, with the numbers that would
     do, for a mesh that does not fit devices, batch or width.
     """
-    sequences, width = settings.training.at_once, settings.model.width
+    sequences, model = settings.training.at_once, settings.model
     count, sizes = jax.device_count(), dict.fromkeys(AXES, 1)
     if text == "all":
         sizes["data"] = max(n for n in range(1, count + 1) if sequences % n == 0)
@@ -94,7 +94,10 @@ def use(text, settings):
     used = math.prod(sizes.values())
     require(used <= count and (used == count or jax.process_count() == 1),
             f"mesh is of {used} devices, there are {count}; several processes use all of them")
-    for what, number, size in ("sequences", sequences, used), ("width", width, sizes["fsdp"]):
+    split = {"width": model.width, "features of all heads": model.all_heads * model.features,
+             "hidden features": model.hidden}
+    for what, number, size in (("sequences", sequences, used),
+                               *((*pair, sizes["fsdp"]) for pair in split.items())):
         fitting = [str(n) for n in range(1, count + 1) if number % n == 0]
         require(number % size == 0, f"mesh: {size} does not divide the {what}, {number}; "
                 f"{', '.join(fitting)} would")
