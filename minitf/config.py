@@ -4,7 +4,7 @@ from math import inf, isfinite, sqrt
 from typing import get_args
 
 from .errors import look_up, require, require_one_of
-from .presets import DEFAULTS, PRESETS, gammas_by_length, scaled
+from .presets import DEFAULTS, PRESETS, SUCCESSORS, gammas_by_length, scaled
 from .theory.activations import NAMES, TRANSFORMS
 from .theory.families import FAMILIES
 from .theory.kernels import INIT_SCALES, NOT_NORMS
@@ -102,11 +102,12 @@ class ModelConfig(Checked):
     row_scale: str = flag("additions", "D: holds every position at mean square 1, or the paper's "
                           "row sums (default: unit)", "unit", "row-sum")
     identity_skip: bool = flag("additions", "espa: c of A = c I + P is a skip, attention P alone")
-    extra_heads: int = flag("additions", "heads beyond width / features of a head, whose W^O "
-                            "starts at zero, without B and D (default: the preset's, or 0)",
-                            default=0, low=0, high=10_000)
-    mlp_ratio: float = flag("additions", "hidden features of the MLPs over the width (default: the "
-                            "preset's, or 4)", default=4.0, low=2, high=1000)
+    extra_heads: int = flag("additions", "more heads, of as many features, with ordinary "
+                            "attention: B = 0, D = i / (i + 1), W^O zero at the start (default: "
+                            "the preset's, or 0)", default=0, low=0, high=10_000)
+    mlp_ratio: float = flag("additions", "hidden features of the MLPs over the width (default: 4, "
+                            "less what extra heads take: as many parameters)", default=4.0,
+                            low=2, high=1000)
     init: str = flag("additions", "initialisation of W^V and W^O", "orthogonal", "gaussian",
                      "orthogonal-3")
     mlp_init: str = flag("additions", "initialisation of the MLPs; orthogonal is the paper's",
@@ -155,9 +156,9 @@ class ModelConfig(Checked):
                 f"not {len(self.gamma)}")
         require(self.position != "rope" or self.features % 2 == 0,
                 f"rope needs an even number of features a head, not {self.features}")
-        require(self.mlp_ratio * self.width == self.hidden and self.hidden % 2 == 0,
-                f"mlp-ratio times width must be an even integer, not "
-                f"{self.mlp_ratio * self.width:g}")
+        require(abs(self.mlp_ratio * self.width - self.hidden) < 1e-6 and self.hidden % 2 == 0,
+                "mlp-ratio times width must be an even integer, not "
+                f"{self.mlp_ratio * self.width:.9g}")
         require(not self.identity_skip or self.attn == "espa" and self.alpha == 0,
                 "identity-skip needs attn espa and alpha 0")
         exactly = self.transform != "none"
@@ -184,8 +185,9 @@ class ModelConfig(Checked):
                 "qk-norm needs a query-init that is not zero")
         require(self.init not in INIT_SCALES or self.norm in ("layer", "rms"),
                 f"init {self.init} needs norm layer or rms, not {self.norm}")
-        require(not self.extra_heads or not self.identity_values,
-                "extra-heads do not go with identity-values: they need a W^O")
+        require(not self.extra_heads or not self.identity_values and not family.parameters,
+                "extra-heads go neither with identity-values, where there is no W^O, nor with "
+                "attn vskip or shaped")
         require(not self.identity_skip or not (self.identity_values or self.trained_weights),
                 "identity-skip goes neither with identity-values nor with trained-weights")
         require(not both_sides or not self.identity_skip and not family.centred,
@@ -322,12 +324,14 @@ def resolve(preset: str = "isometric", collision_rate: float = 0.0, backend: str
         query_init=look_up(FAMILIES, values["attn"], "attn").query_init,
         mlp_alpha=values["alpha"],
         mlp_beta=values["beta"],
-        extra_heads=values["heads"] // 2 if values["half_extra"] else 0,
+        extra_heads=max(values["heads"] // 2, 1) if values["half_extra"] else 0,
         pull_groups=",".join(
             ["vo"] * (not values["identity_skip"] and not values["identity_values"])
             + ["mlp"] * (values["mlp_init"] == "looks_linear")),
         warmup=values["steps"] // 20,
         save_every=max(values["steps"] // 5, 1)) | values
+    # As many parameters with extra heads, 4 d k each, as without: 2 k hidden features less.
+    values.setdefault("mlp_ratio", max(4 - 2 * values["extra_heads"] / values["heads"], 2.0))
     values.setdefault("rho_first", min(values["token_collision_rate"], 0.999))
     gamma = values["gamma"] if isinstance(values["gamma"], (tuple, list)) else (values["gamma"],)
     values["gamma"] = tuple(gamma) * (values["heads"] if len(gamma) == 1 else 1)
@@ -336,3 +340,28 @@ def resolve(preset: str = "isometric", collision_rate: float = 0.0, backend: str
     parts = [part(**{each.name: values[each.name] for each in fields(part)})
              for part in (ModelConfig, TrainingConfig, DataConfig)]
     return Settings(preset, flags, *parts)
+
+
+# What rates are tuned for, beside sizes and gamma.
+TUNED_FOR = ("attn", "objective", "act", "transform", "alpha", "beta", "norm", "init", "mlp_init",
+             "position", "query_init", "identity_values", "qk_norm", "mlp_alpha", "mlp_beta",
+             "trained_weights", "parallel", "unit_embeddings", "extra_heads", "mlp_ratio",
+             "identity_skip")
+
+
+def untuned(preset, flags):
+    """A note where a preset's rates were tuned for something else than these flags; else None."""
+    if "learning_rate" in flags:
+        return None
+    if preset in SUCCESSORS:
+        return f"note: the learning rates of preset {preset} are those of preln"
+    if (preset, flags.get("optimizer")) == ("extra-heads", "adamw"):
+        return "note: preset extra-heads was not tuned with adamw, and may diverge in long runs"
+    settings = resolve(preset, **{name: flags[name] for name in ("heads", "width")
+                                  if name in flags})
+    usual = {**vars(settings.model), **vars(settings.training)}
+    others = [f"{name} {flags[name]}" for name in TUNED_FOR
+              if name in flags and flags[name] != usual[name]]
+    if others:
+        return (f"note: the learning rates of preset {preset} were not tuned with "
+                f"{', '.join(others)}; --learning-rate and the --lr-mult-... flags set others")

@@ -51,11 +51,10 @@ PRESETS = {
         optimizer="adamw", weight_decay=0.1,
         rates=dict(muon=Rates(8e-3, 16.0, 1.0, 2.0), adamw=Rates(2e-3, 48.0, 1.0, 1.0))),
 }
-# Isometric with half as many heads more, which have ordinary attention and start silent. MLPs are a
-# quarter smaller: the same number of parameters.
+# Isometric with half as many extra heads as heads, of ordinary attention, W^O zero at the start.
 PRESETS["extra-heads"] = PRESETS["isometric"] | dict(
-    half_extra=True, mlp_ratio=3.0, rates=dict(muon=Rates(6e-4, 128.0, 16.0, 4.0, "qk,vo"),
-                                               adamw=Rates(1.5e-4, 1024.0, 16.0, 4.0)))
+    half_extra=True, rates=dict(muon=Rates(6e-4, 128.0, 16.0, 4.0, "qk,vo"),
+                                adamw=Rates(1.5e-4, 1024.0, 16.0, 4.0)))       # not tuned
 # Isometric, but what E-SPA's softmax keeps of the own token goes past it: a skip.
 PRESETS["identity-skip"] = PRESETS["isometric"] | dict(
     identity_skip=True, rates=dict(muon=Rates(3e-4, 270.0, 16.0, 11.0, "qk,vo"),
@@ -95,7 +94,7 @@ PRESETS |= {name: PRESETS["preln"] | own for name, own in SUCCESSORS.items()}
 # Of what neither a flag nor the preset says.
 DEFAULTS = dict(depth=36, width=64, heads=4, length=64, rho=0.8, eta=0.9, zeta=1.5, tau=0.3,
                 position="rope", row_scale="unit", identity_skip=False, remat=False,
-                half_extra=False, mlp_ratio=4.0,
+                half_extra=False,
                 objective="clm", identity_values=False, qk_norm=False, trained_weights=False,
                 parallel=False,
                 steps=400, batch=16, accumulate=1, seed=0, weight_decay=0.0, lr_mult_path=1.0,
@@ -126,20 +125,3 @@ def gammas_by_length(heads, length, row_scale):
     near = min(0.8, 25.6 / length)
     far = heads // 4 if row_scale == "unit" and 256 <= length <= 1024 else 0
     return (near,) * (heads - far) + (near / 5,) * far
-
-
-def untuned(preset, flags):
-    """A note where a preset's rates were tuned for something else than these flags; else None."""
-    if "learning_rate" in flags:
-        return None
-    if preset in SUCCESSORS:
-        return f"note: the learning rates of preset {preset} are those of preln"
-    shapes = ("attn", "objective", "act", "transform", "alpha", "beta", "norm", "init", "mlp_init",
-              "position", "query_init", "identity_values", "qk_norm", "mlp_alpha", "mlp_beta",
-              "trained_weights", "parallel", "unit_embeddings", "extra_heads", "mlp_ratio")
-    usual = DEFAULTS | PRESETS[preset]
-    others = [f"{name} {flags[name]}" for name in shapes
-              if name in flags and flags[name] != usual.get(name)]
-    if others:
-        return (f"note: the learning rates of preset {preset} were not tuned with "
-                f"{', '.join(others)}; --learning-rate and the --lr-mult-... flags set others")

@@ -64,7 +64,7 @@ def test_attention_does_not_depend_on_the_input(attn, seed, a, b):
             assert wrong > 1e-2
 
 
-@given(st.sampled_from(SILENT), seeds, st.integers(1, 5))
+@given(st.sampled_from(PRESCRIBED), seeds, st.integers(1, 4))
 def test_extra_heads_are_silent_at_the_start(attn, seed, extra):
     """Whatever they attend to: states are those of the network without them, to rounding."""
     config, params, constants = network(attn, seed, extra_heads=extra)
@@ -74,7 +74,6 @@ def test_extra_heads_are_silent_at_the_start(attn, seed, extra):
     blocks["output"] = blocks["output"].at[:, D:].set(0)
     bare, without = small(attn), dict(blocks, output=blocks["output"][:, :D])
     without |= {name: blocks[name][:, :, :D] for name in ("query", "key", "value")}
-    without |= {name: leaf[:, :4] for name, leaf in blocks.items() if name.startswith("vskip")}
     x = orthonormal_tokens(seed)
     got = block_stack(blocks, constants, x, config)
     expected = block_stack(without, theory.attention_constants(bare), x, bare)

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from minitf import resolve
 from minitf.cli import loop
 from minitf.cli.main import main
-from minitf.config import FIELDS, ModelConfig, TrainingConfig
+from minitf.config import FIELDS, ModelConfig, TrainingConfig, untuned
 from minitf.network.init import init
-from minitf.presets import PRESETS, untuned
+from minitf.presets import PRESETS
 from minitf.theory.activations import NAMES
 from minitf.theory.kernels import attention_constants, network_activation, attended_rms
 
@@ -96,7 +96,7 @@ FOLLOWS = {                                                # of each flag, what 
     "width": {"learning_rate"}, "heads": {"gamma"},
     "alpha": {"beta", "mlp_alpha", "mlp_beta"}, "beta": {"mlp_beta"},
     "identity_skip": {"pull_groups"}, "mlp_init": {"pull_groups"},
-    "identity_values": {"pull_groups"},
+    "identity_values": {"pull_groups"}, "extra_heads": {"mlp_ratio"},
     "token_collision_rate": {"rho_first"}, "steps": {"warmup", "save_every"}}
 OF_RATES = {"learning_rate", "lr_mult_embed", "lr_mult_qk", "lr_mult_vo", "decay_groups"}
 OTHERS = dict(                                             # two values each: one is another
@@ -124,7 +124,7 @@ NOT_ALLOWED = {
     ("preln", "transform"): "alpha^2", ("preln", "parallel"): "parallel needs alpha 0",
     **{(preset, name): "alpha^2" for preset in ("paper", "normless")
        for name in ("mlp_alpha", "mlp_beta")},
-    ("extra-heads", "identity_values"): "extra-heads do not go",
+    **{("extra-heads", name): "extra-heads go neither" for name in ("identity_values", "attn")},
     ("identity-skip", "identity_values"): "goes neither with",
     ("identity-skip", "trained_weights"): "nor with trained-weights",
     **{(preset, name): said for preset in (*CHAINS, "normless")
@@ -198,14 +198,15 @@ def test_the_rules_of_what_follows():
     assert resolve(steps=1).training.save_every == 1
 
 
-@given(st.sampled_from([2, 4, 8, 16]), st.sampled_from([64, 256]))
+@given(st.sampled_from([1, 2, 3, 4, 8, 16]), st.sampled_from([96, 192]))
 def test_extra_heads_need_no_more_parameters(heads, width):
-    """Half as many heads more, and smaller MLPs: the isometric network's number."""
+    """Half as many more, at least one, and smaller MLPs: the isometric network's number."""
     def count(preset):
         config = resolve(preset, heads=heads, width=width).model
         shapes = jax.eval_shape(partial(init, config=config, vocabulary=50), jax.random.key(0))
         return sum(leaf.size for leaf in jax.tree.leaves(shapes))
-    assert resolve("extra-heads", heads=heads).model.all_heads == heads * 3 // 2
+    all_heads = resolve("extra-heads", heads=heads, width=width).model.all_heads
+    assert all_heads == max(heads * 3 // 2, 2)
     assert count("extra-heads") == count("isometric")
 
 
@@ -256,6 +257,10 @@ def test_rates_that_were_not_tuned_are_noted(preset):
     note = untuned(preset, dict(act="silu", position="none", depth=3))
     assert preset in note and "act silu, position none;" in note and "\n" not in note
     assert untuned(preset, dict(act="silu", learning_rate=1e-3)) is None
+    own = {name: getattr(resolve(preset).model, name) for name in ("extra_heads", "query_init")}
+    assert untuned(preset, own) is None
+    assert ("with adamw" in (untuned(preset, dict(optimizer="adamw")) or "")) == (
+        preset == "extra-heads")
 
 
 @pytest.fixture

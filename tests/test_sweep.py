@@ -11,7 +11,7 @@ import sweep
 from hypothesis import given, strategies as st
 
 from minitf import resolve
-from minitf.cli import curves
+from minitf.cli import curves, figures
 from minitf.cli.main import main
 from minitf.cli.metrics import Metrics
 from minitf.training import checkpoint
@@ -238,3 +238,16 @@ def test_curves_of_runs(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit) as end:
             main(["--curves", *arguments])
         assert end.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_attention_is_drawn_of_heads_that_have_a_gamma(monkeypatch):
+    """Of the first and the last of them, in two rows, whether or not extra heads come after."""
+    pytest.importorskip("matplotlib")
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda picture, path: drawn.append(
+        [axis.images[0].get_array() for axis in picture.axes if axis.images]))
+    for extra in (0, 2):
+        settings = resolve(depth=4, width=8, heads=2, length=8, gamma=(0.8, 0.1), extra_heads=extra)
+        figures.attention(settings, None)
+    assert len(drawn[0]) == 8 and not np.array_equal(*drawn[0][::7])
+    assert np.array_equal(*drawn)

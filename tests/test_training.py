@@ -211,7 +211,7 @@ def test_each_parameter_moves_at_its_own_rate(preset, flags):
     assert np.allclose(np.square(moved).mean(-1), 1, rtol=1e-5), "rows of mean square 1"
     assert np.allclose(moved * np.linalg.norm(weights["embed"] + plain["embed"], axis=-1)[:, None],
                        4 * (weights["embed"] + plain["embed"]), atol=1e-4)
-    # What extra heads give is no part of the path.
+    # What extra heads give is not held.
     path = {"value": np.s_[:, :, :16], "output": np.s_[:, :16]}
     pair = [[jnp.asarray(tree[name][part]) for name, part in path.items()]
             for tree in (weights, free)]

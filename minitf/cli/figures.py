@@ -75,7 +75,7 @@ def attention(settings, path):
     require(attends.row_sums,
             f"A of attn {config.attn} is not prescribed: there is nothing to draw")
     positions = np.arange(shown)
-    heads = (0, -1) if len(set(config.gamma)) > 1 else (0,)           # else all are alike
+    heads = (0, config.heads - 1) if len(set(config.gamma)) > 1 else (0,)    # else all are alike
     picture, panels = figure((13, 3.6 * len(heads)), len(heads), 4, squeeze=False)
     for column, layer in zip(panels.T, np.linspace(0, config.depth - 1, 4).astype(int)):
         own = {name: table[layer] for name, table in constants.items()}

@@ -29,7 +29,8 @@ def require_memory(settings, vocabulary):
     of_block = 4 * model.all_heads * model.features + 2 * model.hidden
     numbers = 3 * (of_block * d * depth + 2 * d * vocabulary)
     dense = model.attn == "uspa" or model.objective == "mlm" and model.attn == "espa"
-    numbers += depth * length**2 * dense * len(set(model.gamma))
+    biases = model.all_heads if model.extra_heads else len(set(model.gamma))
+    numbers += depth * length**2 * dense * biases
     numbers += batch * length * (vocabulary + d * depth)
     memory = available_memory()
     require(4 * numbers < memory, f"this needs {4 * numbers / 2**30:,.0f} GiB of memory at the "

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import jax
 
-from ..config import FIELDS, SECTIONS, Sampling, kind, resolve
+from ..config import FIELDS, SECTIONS, Sampling, kind, resolve, untuned
 from ..errors import OutOfReach, Parser, look_up, require
 from ..network.fast import hardware
-from ..presets import PRESETS, untuned
+from ..presets import PRESETS
 from ..theory.kernels import network_activation
 from ..training import checkpoint, sharding
 from . import curves, figures, inspection, loop, use

@@ -26,24 +26,14 @@ def init(key: jax.Array, config, vocabulary: int) -> dict:
     require(isinstance(vocabulary, int) and vocabulary > 0,
             f"vocabulary must be an integer of at least 1, not {vocabulary!r}")
     d, depth, keys = config.width, config.depth, dict(zip(KEYS, jax.random.split(key, len(KEYS))))
-    extra = config.extra_heads * config.features
-    branch = branch_scale(config)
-    matrices, attention = MATRIX_INITS[config.init], family(config)
-    blocks = {}
+    branch, blocks = branch_scale(config), {}
     blocks["query"], blocks["key"] = QUERY_INITS[config.query_init](
         keys["query"], keys["key"], depth, d, config.all_heads, config.features)
     if not config.identity_values:
-        blocks["value"] = matrices(keys["value"], depth, d, d)
-        blocks["output"] = branch * matrices(keys["output"], depth, d, d)
+        blocks["value"], blocks["output"] = values(keys["value"], keys["output"], branch, config)
     blocks["up"], blocks["down"] = MLP_INITS[config.mlp_init](
         keys["up"], keys["down"], depth, d, config.hidden, network_activation(config), branch)
-    if config.identity_skip:                                                     # W^V W^O = I
-        blocks["output"] = jnp.swapaxes(blocks["value"], 1, 2)
-    if extra:                                                                    # silent at first
-        added = matrices(jax.random.fold_in(keys["value"], 1), depth, d, extra)
-        blocks["value"] = jnp.concatenate([blocks["value"], added], 2)
-        blocks["output"] = jnp.pad(blocks["output"], ((0, 0), (0, extra), (0, 0)))
-    for name, start in attention.parameters.items():
+    for name, start in family(config).parameters.items():
         blocks[name] = jnp.full((depth, config.all_heads), start)
     for name in ("alpha", "beta", "mlp_alpha", "mlp_beta"):
         if config.trained_weights and getattr(config, name):
@@ -65,6 +55,20 @@ def init(key: jax.Array, config, vocabulary: int) -> dict:
     if config.position == "learned":
         params["position"] = jax.random.normal(keys["position"], (config.length, d))
     return jax.tree.map(jnp.float32, params)      # weak types would compile each program twice
+
+
+def values(key_value, key_output, scale, config):
+    """W^V (L, d, n) and W^O (L, n, d); of extra heads W^O is 0: they are silent at first."""
+    d, depth, matrices = config.width, config.depth, MATRIX_INITS[config.init]
+    value, output = matrices(key_value, depth, d, d), scale * matrices(key_output, depth, d, d)
+    if config.identity_skip:
+        output = jnp.swapaxes(value, 1, 2)                                       # W^V W^O = I
+    extra = config.extra_heads * config.features
+    if extra:
+        added = matrices(jax.random.fold_in(key_value, 1), depth, d, extra)
+        value = jnp.concatenate([value, added], 2)
+        output = jnp.pad(output, ((0, 0), (0, extra), (0, 0)))
+    return value, output
 
 
 def path_sizes(config):

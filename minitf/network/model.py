@@ -93,9 +93,9 @@ def attention_sublayer(x, weights, constants, config, ops):
 
 
 def mlp_sublayer(x, weights, config, ops):
-    """X' = alpha X^ + beta MLP(Norm(X^)), MLP(X) = phi^(X W_1) W_2: d -> 4d -> d."""
+    """X' = alpha X^ + beta MLP(Norm(X^)), MLP(X) = phi^(X W_1) W_2: d -> m -> d, m = 4 d."""
     y = ops.normalise(x, weights.get("norm2"), config)                    # (N, d)
-    hidden = ops.activate(ops.project(y, weights["up"]), network_activation(config))  # (N, 4d)
+    hidden = ops.activate(ops.project(y, weights["up"]), network_activation(config))  # (N, m)
     branch = ops.project(hidden, weights["down"])                         # (N, d)
     return add_residual(x, branch, ("mlp_alpha", "mlp_beta"), weights, config)
 

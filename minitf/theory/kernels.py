@@ -145,10 +145,10 @@ def attention_constants(config) -> dict[str, np.ndarray]:
 
 
 def with_extra_heads(name, table, config):
-    """A constant, (L, H or 1, ...), with those of the extra heads behind it, which add messages.
+    """A constant, (L, H or 1, ...), with those of the extra heads behind it.
 
     B = 0, and D is the share that others have of an even attention, i / (i + 1) at position i: the
-    first token has nobody else to attend to. There D is 0.001, since kernels divide by it.
+    first token has nobody else to attend to. There D is 0.001, since flash.py divides by it.
     """
     if not config.extra_heads or name == "skip_scale":
         return table

@@ -155,9 +155,9 @@ def hold_linear_path():
         blocks, weights = dict(updates["blocks"]), params["blocks"]
         for group, how in rates["linear_path"].items():
             first, second = LINEAR_PATH[group]
-            # Extra heads, which come after the first d features, are none of the path.
-            n = weights[first].shape[1 if group == "vo" else 2]
-            parts = (first, np.s_[:, :, :n]), (second, np.s_[:, :n])
+            # Of values the first d features: what is behind them, of extra heads, is not held.
+            end = weights[first].shape[1] if group == "vo" else None
+            parts = (first, np.s_[:, :, :end]), (second, np.s_[:, :end])
             pairs = [[tree[name][part] for name, part in parts] for tree in (weights, blocks)]
             for (name, part), corrected in zip(parts, held(*pairs, **how)):
                 blocks[name] = blocks[name].at[part].set(corrected)

@@ -77,7 +77,7 @@ def use(text, settings):
     """A context in which all is computed on the mesh "data=2,fsdp=4"; None: on one device.
 
     "all": as many devices, on data, as divide the batch. ValueError, with the numbers that would
-    do, for a mesh that does not fit devices, batch or width.
+    do, for a mesh that does not fit devices, batch or features.
     """
     sequences, model = settings.training.at_once, settings.model
     count, sizes = jax.device_count(), dict.fromkeys(AXES, 1)
