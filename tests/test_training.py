@@ -180,7 +180,7 @@ def parts_kept(gammas, depth):
 
 
 @pytest.mark.parametrize("preset, flags", [
-    ("isometric", {}), ("isometric", dict(extra_heads=1, mlp_ratio=3.0)),
+    ("isometric", dict(extra_heads=1)),
     ("identity-skip", dict(optimizer="adamw", gamma=(0.8, 0.16))),
     ("preln", dict(attn="vskip", position="learned"))], ids=str)
 def test_each_parameter_moves_at_its_own_rate(preset, flags):
