@@ -75,7 +75,7 @@ def measure(settings, vocabulary, timed, kernels, draw, collectives):
     steps(1, 3)
     loss, seconds = steps(4, timed)
     rate = timed * how.batch * model.length / seconds
-    work = 6 * weights + 6 * model.depth * model.length * model.all_heads * model.features
+    work = 6 * weights + 6 * model.depth * model.length * model.attention_width
     memory = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
     peak = product_rate(model.dtype)
     result = {

@@ -143,6 +143,11 @@ class ModelConfig(Checked):
         return self.heads + self.extra_heads
 
     @property
+    def attention_width(self):
+        """Features of all heads, n: the width, but with extra heads."""
+        return self.all_heads * self.features
+
+    @property
     def hidden(self):
         """Features within an MLP."""
         return round(self.mlp_ratio * self.width)
@@ -355,8 +360,9 @@ def untuned(preset, flags):
         return None
     if preset in SUCCESSORS:
         return f"note: the learning rates of preset {preset} are those of preln"
-    if (preset, flags.get("optimizer")) == ("extra-heads", "adamw"):
-        return "note: preset extra-heads was not tuned with adamw, and may diverge in long runs"
+    optimizer = flags.get("optimizer", PRESETS[preset]["optimizer"])
+    if not PRESETS[preset]["rates"][optimizer].tuned:
+        return f"note: preset {preset} was not tuned with {optimizer}, and may diverge in long runs"
     settings = resolve(preset, **{name: flags[name] for name in ("heads", "width")
                                   if name in flags})
     usual = {**vars(settings.model), **vars(settings.training)}

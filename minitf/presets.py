@@ -17,6 +17,7 @@ class Rates(NamedTuple):
     lr_mult_qk: float                      # times it: queries and keys
     lr_mult_vo: float                      # times it: values and outputs
     decay_groups: str = "qk,vo,mlp"        # whose matrices decay, where there is a weight decay
+    tuned: bool = True
 
 
 PRESETS = {
@@ -54,7 +55,7 @@ PRESETS = {
 # Isometric with half as many extra heads as heads, of ordinary attention, W^O zero at the start.
 PRESETS["extra-heads"] = PRESETS["isometric"] | dict(
     half_extra=True, rates=dict(muon=Rates(6e-4, 128.0, 16.0, 4.0, "qk,vo"),
-                                adamw=Rates(1.5e-4, 1024.0, 16.0, 4.0)))       # not tuned
+                                adamw=Rates(1.5e-4, 1024.0, 16.0, 4.0, tuned=False)))
 # Isometric, but what E-SPA's softmax keeps of the own token goes past it: a skip.
 PRESETS["identity-skip"] = PRESETS["isometric"] | dict(
     identity_skip=True, rates=dict(muon=Rates(3e-4, 270.0, 16.0, 11.0, "qk,vo"),
@@ -94,9 +95,8 @@ PRESETS |= {name: PRESETS["preln"] | own for name, own in SUCCESSORS.items()}
 # Of what neither a flag nor the preset says.
 DEFAULTS = dict(depth=36, width=64, heads=4, length=64, rho=0.8, eta=0.9, zeta=1.5, tau=0.3,
                 position="rope", row_scale="unit", identity_skip=False, remat=False,
-                half_extra=False,
-                objective="clm", identity_values=False, qk_norm=False, trained_weights=False,
-                parallel=False,
+                half_extra=False, objective="clm", identity_values=False, qk_norm=False,
+                trained_weights=False, parallel=False,
                 steps=400, batch=16, accumulate=1, seed=0, weight_decay=0.0, lr_mult_path=1.0,
                 orthogonal_pull=0.0, unit_embeddings=False, data=None, val_data=None, encoding=None)
 

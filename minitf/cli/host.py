@@ -26,7 +26,7 @@ def require_memory(settings, vocabulary):
     """
     model, batch = settings.model, settings.training.at_once
     d, length, depth = model.width, model.length, model.depth
-    of_block = 4 * model.all_heads * model.features + 2 * model.hidden
+    of_block = 4 * model.attention_width + 2 * model.hidden
     numbers = 3 * (of_block * d * depth + 2 * d * vocabulary)
     dense = model.attn == "uspa" or model.objective == "mlm" and model.attn == "espa"
     biases = model.all_heads if model.extra_heads else len(set(model.gamma))

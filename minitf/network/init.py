@@ -19,8 +19,8 @@ def init(key: jax.Array, config, vocabulary: int) -> dict:
 
     "embed" (V, d), "head" (d, V); learned positions: "position" (T, d); norms: "norm" (d,).
     "blocks", each (L, ...): "query", "key", "value" (d, n), "output" (n, d), n = H k, extra heads
-    last, "up" (d, 4 d), "down" (4 d, d), or mlp_ratio for 4, all applied as x @ W; head h has the
-    columns h k to (h + 1) k of the first three.
+    last, "up" (d, hidden), "down" (hidden, d), all applied as x @ W; head h has the columns h k to
+    (h + 1) k of the first three.
     Norms: "norm1", "norm2" (d,). What a family trains, (H,). With objective mlm V is the mask.
     """
     require(isinstance(vocabulary, int) and vocabulary > 0,
@@ -30,7 +30,8 @@ def init(key: jax.Array, config, vocabulary: int) -> dict:
     blocks["query"], blocks["key"] = QUERY_INITS[config.query_init](
         keys["query"], keys["key"], depth, d, config.all_heads, config.features)
     if not config.identity_values:
-        blocks["value"], blocks["output"] = values(keys["value"], keys["output"], branch, config)
+        blocks["value"], blocks["output"] = values_and_outputs(
+            keys["value"], keys["output"], branch, config)
     blocks["up"], blocks["down"] = MLP_INITS[config.mlp_init](
         keys["up"], keys["down"], depth, d, config.hidden, network_activation(config), branch)
     for name, start in family(config).parameters.items():
@@ -57,7 +58,7 @@ def init(key: jax.Array, config, vocabulary: int) -> dict:
     return jax.tree.map(jnp.float32, params)      # weak types would compile each program twice
 
 
-def values(key_value, key_output, scale, config):
+def values_and_outputs(key_value, key_output, scale, config):
     """W^V (L, d, n) and W^O (L, n, d); of extra heads W^O is 0: they are silent at first."""
     d, depth, matrices = config.width, config.depth, MATRIX_INITS[config.init]
     value, output = matrices(key_value, depth, d, d), scale * matrices(key_output, depth, d, d)
@@ -136,28 +137,29 @@ def gaussian_query(key_query, key_key, depth, d, heads, k):
 
 QUERY_INITS = {"zero": zero_query, "gaussian": gaussian_query, "near-identity": near_identity}
 
-# --- MLPs: (key of up, of down, depth, d, n, phi^, scale) -> up (L, d, n), down (L, n, d) ------
+# --- MLPs: (key of up, of down, depth, d, hidden, phi^, scale) -> up (L, d, hidden), down ------
 
 
-def orthogonal_mlp(key_up, key_down, depth, d, n, phi, scale):
+def orthogonal_mlp(key_up, key_down, depth, d, hidden, phi, scale):
     """The paper's: two orthogonal matrices, drawn independently."""
-    return (orthogonal_matrices(key_up, depth, d, n),
-            scale * orthogonal_matrices(key_down, depth, n, d))
+    return (orthogonal_matrices(key_up, depth, d, hidden),
+            scale * orthogonal_matrices(key_down, depth, hidden, d))
 
 
-def gaussian_mlp(key_up, key_down, depth, d, n, phi, scale):
+def gaussian_mlp(key_up, key_down, depth, d, hidden, phi, scale):
     """The standard transformer's."""
-    return (gaussian_matrices(key_up, depth, d, n),
-            scale * gaussian_matrices(key_down, depth, n, d))
+    return (gaussian_matrices(key_up, depth, d, hidden),
+            scale * gaussian_matrices(key_down, depth, hidden, d))
 
 
-def looks_linear_mlp(key_up, key_down, depth, d, n, phi, scale):
+def looks_linear_mlp(key_up, key_down, depth, d, hidden, phi, scale):
     """A rotation at the start, x -> scale x R (Balduzzi et al. 2017, arXiv 1702.08591).
 
     Half of the hidden units see the negative of what the others see, and what they say is
     subtracted: phi(z) - phi(-z) = m z. Kernels are then kept exactly, at any width.
     """
-    u, r = orthogonal_stack(key_up, depth, d, n // 2), orthogonal_stack(key_down, depth, d, d)
+    u = orthogonal_stack(key_up, depth, d, hidden // 2)
+    r = orthogonal_stack(key_down, depth, d, d)
     up = jnp.sqrt(2.0) * u
     down = scale / (2**0.5 * phi.odd_slope()) * jnp.swapaxes(u, 1, 2) @ r
     return jnp.concatenate([up, -up], 2), jnp.concatenate([down, -down], 1)

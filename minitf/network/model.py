@@ -93,9 +93,10 @@ def attention_sublayer(x, weights, constants, config, ops):
 
 
 def mlp_sublayer(x, weights, config, ops):
-    """X' = alpha X^ + beta MLP(Norm(X^)), MLP(X) = phi^(X W_1) W_2: d -> m -> d, m = 4 d."""
+    """X' = alpha X^ + beta MLP(Norm(X^)), MLP(X) = phi^(X W_1) W_2: d -> hidden -> d."""
     y = ops.normalise(x, weights.get("norm2"), config)                    # (N, d)
-    hidden = ops.activate(ops.project(y, weights["up"]), network_activation(config))  # (N, m)
+    hidden = ops.project(y, weights["up"])                                # (N, hidden)
+    hidden = ops.activate(hidden, network_activation(config))             # (N, hidden)
     branch = ops.project(hidden, weights["down"])                         # (N, d)
     return add_residual(x, branch, ("mlp_alpha", "mlp_beta"), weights, config)
 
@@ -116,7 +117,7 @@ def project_qkv(x, weights, config, ops):
 def output_projection(values, attended, mean, weights, config, ops):
     """values, what is attended to and perhaps the mean, (..., H, k) -> (N, d)."""
     heads = family(config).mix(weights, values, attended, mean)
-    heads = heads.reshape(-1, config.all_heads * config.features)
+    heads = heads.reshape(-1, config.attention_width)
     return heads if config.identity_values else ops.project(heads, weights["output"])
 
 

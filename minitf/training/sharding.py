@@ -94,10 +94,10 @@ def use(text, settings):
     used = math.prod(sizes.values())
     require(used <= count and (used == count or jax.process_count() == 1),
             f"mesh is of {used} devices, there are {count}; several processes use all of them")
-    split = {"width": model.width, "features of all heads": model.all_heads * model.features,
-             "hidden features": model.hidden}
-    for what, number, size in (("sequences", sequences, used),
-                               *((*pair, sizes["fsdp"]) for pair in split.items())):
+    fsdp = sizes["fsdp"]
+    for what, number, size in (("sequences", sequences, used), ("width", model.width, fsdp),
+                               ("features of all heads", model.attention_width, fsdp),
+                               ("hidden features", model.hidden, fsdp)):
         fitting = [str(n) for n in range(1, count + 1) if number % n == 0]
         require(number % size == 0, f"mesh: {size} does not divide the {what}, {number}; "
                 f"{', '.join(fitting)} would")
