@@ -47,10 +47,11 @@ def operations(config, backend=None):
 
 def fuses_attention(config, backend):
     """Whether attention is left to kernels that make no T x T logits: in bfloat16 on a "gpu"."""
-    ours = flash.triton and config.attn == "espa" and config.objective == "clm"
+    if backend != "gpu" or config.dtype != "bfloat16":
+        return False
+    ours = flash.triton() and config.attn == "espa" and config.objective == "clm"
     # cuDNN's limits, with a bias.
-    able = config.features % 8 == 0 and config.features <= 128 and (ours or config.length % 2 == 0)
-    return backend == "gpu" and config.dtype == "bfloat16" and able
+    return config.features % 8 == 0 and config.features <= 128 and (ours or config.length % 2 == 0)
 
 
 # --- Blocks -----------------------------------------------------------------------------
@@ -75,7 +76,7 @@ def attend_fused(qkv, constants, config):
     """operations.attend by our kernel where it can, else by cuDNN's flash attention."""
     length, causal = qkv.shape[1], config.objective == "clm"
     ours = config.attn == "espa" or not constants and length <= OUR_PLAIN_LENGTH
-    if flash.triton and ours and causal:
+    if flash.triton() and ours and causal:
         return attend_flash(qkv, constants, config)
     q, k, v = plain.split_qkv(qkv)
     q, k = plain.apply_rope(q, config), plain.apply_rope(k, config)

@@ -10,17 +10,12 @@ back as one, turned back by the kernel that made them. operations.attend is the 
 and the recomputation of the backward pass follow FlashAttention-2 (Dao 2023, arXiv 2307.08691).
 Logarithms are to base 2.
 """
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
-
-try:
-    from jax.experimental.pallas import triton
-except ImportError:                    # deprecated in jax 0.11: fast.py does without
-    triton = None
 
 from . import operations
 
@@ -30,6 +25,16 @@ LOG2E = float(np.log2(np.e))
 UNSEEN = 24.0                          # a weight of 2**-24 is half of float32's last place
 ALL_SEEN = 256                         # up to so many tokens all keys are visited
 QUERY, KEY, VALUE = range(3)
+
+
+@cache
+def triton():
+    """JAX's module for NVIDIA GPUs, or None: it is deprecated in jax 0.11, and slow to import."""
+    try:
+        from jax.experimental.pallas import triton
+    except ImportError:
+        return None
+    return triton
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -201,7 +206,8 @@ def call(kernel, shape, block, inputs, outputs, interpret, stages):
                   for name in inputs.split()],
         out_specs=[in_block(name) for name, _ in outputs],
         out_shape=[jax.ShapeDtypeStruct(shapes[name], dtype) for name, dtype in outputs],
-        compiler_params=triton and triton.CompilerParams(num_warps=4, num_stages=stages))
+        compiler_params=None if interpret else
+        triton().CompilerParams(num_warps=4, num_stages=stages))
 
 
 def padded(x, shape, value=0):
