@@ -206,8 +206,7 @@ def call(kernel, shape, block, inputs, outputs, interpret, stages):
                   for name in inputs.split()],
         out_specs=[in_block(name) for name, _ in outputs],
         out_shape=[jax.ShapeDtypeStruct(shapes[name], dtype) for name, dtype in outputs],
-        compiler_params=None if interpret else
-        triton().CompilerParams(num_warps=4, num_stages=stages))
+        compiler_params=triton() and triton().CompilerParams(num_warps=4, num_stages=stages))
 
 
 def padded(x, shape, value=0):
