@@ -55,11 +55,16 @@ PRESETS = {
 # Isometric with half as many extra heads as heads, of ordinary attention, W^O zero at the start.
 PRESETS["extra-heads"] = PRESETS["isometric"] | dict(
     half_extra=True, rates=dict(muon=Rates(6e-4, 128.0, 16.0, 4.0, "qk,vo"),
-                                adamw=Rates(1.5e-4, 1024.0, 16.0, 4.0, tuned=False)))
+                                adamw=Rates(1.5e-4, 1024.0, 4.0, 2.0)))
 # Isometric, but what E-SPA's softmax keeps of the own token goes past it: a skip.
 PRESETS["identity-skip"] = PRESETS["isometric"] | dict(
     identity_skip=True, rates=dict(muon=Rates(3e-4, 270.0, 16.0, 11.0, "qk,vo"),
                                    adamw=Rates(2e-4, 512.0, 18.0, 12.0)))
+
+# Normless with ordinary attention; each block trains the weights of its skips and branches.
+PRESETS["trained-skips"] = PRESETS["normless"] | dict(
+    attn="softmax", trained_weights=True, weight_decay=0.3,
+    rates=dict(muon=Rates(4e-3, 32.0, 4.0, 2.0), adamw=Rates(2e-3, 64.0, 4.0, 2.0, tuned=False)))
 
 # --- Successors, for comparison, with what is published of them -------------------------
 # Everywhere ours: rotary positions, the schedule, Adam's second moment (0.95), embeddings of mean

@@ -65,6 +65,7 @@ def test_the_paper_is_meant_literally():
     "isometric": dict(attn="espa", alpha=0.0, beta=1.0, norm="none", act="gelu", transform="none",
                       mlp_init="looks_linear", row_scale="unit", identity_skip=False),
     "normless": dict(attn="espa", alpha=0.98, norm="none", act="relu", mlp_init="orthogonal"),
+    "trained-skips": dict(attn="softmax", alpha=0.98, norm="none", trained_weights=True),
     "identity-skip": dict(attn="espa", alpha=0.0, identity_skip=True, mlp_init="looks_linear"),
     "preln": dict(attn="softmax", alpha=1.0, beta=1.0, norm="layer", act="gelu", init="gaussian",
                   mlp_init="gaussian", head_init="gaussian"),
@@ -120,9 +121,11 @@ OTHERS = dict(                                             # two values each: on
 NOT_ALLOWED = {
     ("identity-skip", "alpha"): "identity-skip needs", ("identity-skip", "attn"): "needs attn espa",
     ("identity-skip", "objective"): "objective mlm goes",
-    ("normless", "identity_skip"): "alpha 0", ("preln", "identity_skip"): "needs attn espa",
-    ("preln", "transform"): "alpha^2", ("preln", "parallel"): "parallel needs alpha 0",
-    **{(preset, name): "alpha^2" for preset in ("paper", "normless")
+    ("normless", "identity_skip"): "alpha 0",
+    **{(preset, "identity_skip"): "needs attn espa" for preset in ("preln", "trained-skips")},
+    ("preln", "transform"): "alpha^2",
+    **{(preset, "parallel"): "parallel needs alpha 0" for preset in ("preln", "trained-skips")},
+    **{(preset, name): "alpha^2" for preset in ("paper", "normless", "trained-skips")
        for name in ("mlp_alpha", "mlp_beta")},
     **{("extra-heads", name): "extra-heads go neither" for name in ("identity_values", "attn")},
     ("identity-skip", "identity_values"): "goes neither with",
@@ -131,7 +134,7 @@ NOT_ALLOWED = {
        for name, said in dict(parallel="parallel does not go", query_init="needs query-init zero",
                               qk_norm="qk-norm needs").items()}}
 RATE_GIVEN = dict(learning_rate=1e-3)
-OWN = ("isometric", "extra-heads", "paper", "normless", "identity-skip", "preln")
+OWN = ("isometric", "extra-heads", "paper", "normless", "trained-skips", "identity-skip", "preln")
 
 
 def followers(preset, name):
@@ -139,7 +142,7 @@ def followers(preset, name):
     if name == "depth":
         return {"learning_rate", "lr_mult_embed"} if preset in CHAINS else set()
     if name == "attn":                                     # of softmax, W^Q is not 0
-        return {"query_init"} if preset == "preln" else set()
+        return {"query_init"} if preset in ("preln", "trained-skips") else set()
     if name == "heads" and preset == "extra-heads":
         return {"gamma", "extra_heads"}
     if name == "alpha" and preset == "preln":
@@ -260,7 +263,7 @@ def test_rates_that_were_not_tuned_are_noted(preset):
     own = {name: getattr(resolve(preset).model, name) for name in ("extra_heads", "query_init")}
     assert untuned(preset, own) is None
     assert ("with adamw" in (untuned(preset, dict(optimizer="adamw")) or "")) == (
-        preset == "extra-heads")
+        preset == "trained-skips")
 
 
 @pytest.fixture
