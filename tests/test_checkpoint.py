@@ -13,76 +13,27 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+from functools import partial
 
 import jax
 import numpy as np
 import pytest
 import scipy.special
+from processes import PHASES, ROOT, Running, die_in
 
 import minitf
 from minitf.cli.main import main
 from minitf.presets import PRESETS
 from minitf.training import checkpoint, data, train
 
-ROOT = Path(__file__).parents[1]
 TINY = ("--depth 2 --width 8 --heads 2 --length 8 --batch 2 --steps 200 --save-every 20 "
         "--attn softmax --act tanh --mlp-init orthogonal --transform tat --tau 0.05 "
         "--position none --data").split() + [f"{ROOT}/minitf/*/*.py"]
-PHASES = ["write", "flush", "before rename", "after rename", "before removing", "metrics"]
-
-# Runs run.py's main; in the n-th call of what a phase goes through, the process kills itself.
-KILLER = """
-import os, signal, sys, numpy, pathlib
-phase, countdown = sys.argv[1], [int(sys.argv[2])]
-def die():
-    countdown[0] -= 1
-    if countdown[0] == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-def first(f):
-    return lambda *a, **k: (die(), f(*a, **k))[1]
-def after(f):
-    return lambda *a, **k: (f(*a, **k), die())[0]
-if phase == "write":
-    def half(file, array, **k):
-        if countdown[0] == 1:
-            file.write(b"PK" * 50); file.flush()
-        die()
-        write(file, array, **k)
-    write, numpy.lib.format.write_array = numpy.lib.format.write_array, half
-if phase == "flush": os.fsync = first(os.fsync)
-if phase == "before rename": os.replace = first(os.replace)
-if phase == "after rename": os.replace = after(os.replace)
-if phase == "before removing": pathlib.Path.unlink = first(pathlib.Path.unlink)
-if phase == "metrics":
-    import json
-    dumps = json.dumps
-    def half_a_line(value, **k):
-        if isinstance(value, dict) and "grad_norm" in value and countdown[0] == 1:
-            import gc, io
-            for each in gc.get_objects():
-                if isinstance(each, io.TextIOWrapper) and str(each.name).endswith("metrics.jsonl"):
-                    each.write(dumps(value)[:20]); each.flush()
-        if isinstance(value, dict) and "grad_norm" in value: die()
-        return dumps(value, **k)
-    json.dumps = half_a_line
-import minitf.cli.loop
-from minitf.cli.main import main
-minitf.cli.loop.show_sample = lambda *_: None                # its programs take a second to trace
-main(sys.argv[3:])
-"""
 
 
-@pytest.fixture(scope="module")
-def launch(tmp_path_factory):
-    """Starts a process that runs run.py, in one phase or none; compiled programs are shared."""
-    cache = tmp_path_factory.mktemp("compiled")
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(cache),
-                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                 "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0"}
-    return lambda *arguments, phase="", nth=0: subprocess.Popen(
-        [sys.executable, "-c", KILLER, phase, str(nth), *map(str, arguments)], env=variables,
-        text=True, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def launch(*arguments, phase="", nth=0):
+    """Starts a process that runs run.py, and is killed in a phase if one is named."""
+    return Running(arguments, partial(die_in, phase, nth) if phase else None)
 
 
 def finish(process):
@@ -101,7 +52,7 @@ def refusal(capsys, *arguments):
 
 
 @pytest.fixture(scope="module")
-def whole(launch, tmp_path_factory):
+def whole(tmp_path_factory):
     """The folder of a run that nothing interrupted."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     status, _, errors = finish(launch(*TINY, "--out", folder))
@@ -142,12 +93,12 @@ def wait_for(process, folder, step):
         time.sleep(0.005)
 
 
-def test_killed_at_any_point_and_resumed_ends_the_same(launch, whole, tmp_path):
+def test_killed_at_any_point_and_resumed_ends_the_same(whole, tmp_path):
     """Bit for bit, metrics and all."""
     kills = int(os.environ.get("MINITF_KILLS", 1))
     draw, counts = random.Random(0), {}
     folder, arguments = tmp_path / "run-0", [*TINY, "--out", tmp_path / "run-0"]
-    phases = PHASES if kills > 1 else PHASES[::2]
+    phases = [*PHASES] if kills > 1 else [*PHASES][::2]
     for number, phase in enumerate((phases + ["random"]) * kills):
         if arguments[0] == "--resume" and step_of(folder) >= 150:  # nearly done: begin another
             assert step_of(folder) == 200 or finish(launch(*arguments))[0] == 0
@@ -159,7 +110,7 @@ def test_killed_at_any_point_and_resumed_ends_the_same(launch, whole, tmp_path):
             process = launch(*arguments)
             wait_for(process, folder, step_of(folder) + 20 if begun else 0)
             time.sleep(draw.uniform(0, 0.05))              # a step takes about a millisecond
-            process.kill()
+            process.send_signal(signal.SIGKILL)
         else:
             nth = draw.randint(1, 2) + (not begun) * 6 + 20 * (phase == "metrics")
             nth *= 25 if phase == "write" else 1           # arrays in a checkpoint, about
@@ -176,8 +127,7 @@ def test_killed_at_any_point_and_resumed_ends_the_same(launch, whole, tmp_path):
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_stopped_by_signal_saves_and_says_how_to_go_on(launch, whole, tmp_path, capsys, number,
-                                                       status):
+def test_stopped_by_signal_saves_and_says_how_to_go_on(whole, tmp_path, capsys, number, status):
     """SIGTERM's is taken up again and ends as if nothing had happened; SIGINT's saves alike."""
     folder = tmp_path / "run"
     process = launch(*TINY, "--out", folder)
@@ -265,7 +215,7 @@ def test_nothing_in_a_checkpoint_is_executed(copy):
         checkpoint.load_checkpoint(checkpoint.checkpoints(copy)[0])
 
 
-def test_resuming_refuses_by_name_and_continues_with_more_steps(launch, copy, capsys, monkeypatch):
+def test_resuming_refuses_by_name_and_continues_with_more_steps(copy, capsys, monkeypatch):
     line = refusal(capsys, "--resume", copy, "--width", 16, "--depth", 2)
     assert "--width" in line and "--depth" not in line
     assert "trained" in refusal(capsys, "--resume", copy)
@@ -294,7 +244,7 @@ def test_a_full_disk_leaves_what_was_saved(copy):
     assert {path: path.read_bytes() for path in copy.glob("checkpoint*")} == before
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(launch, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path):
     folder = tmp_path / "run"
     status, _, errors = finish(launch(*TINY, "--learning-rate", 1e5, "--save-every", 1,
                                       "--out", folder))
@@ -335,9 +285,11 @@ def test_evaluation_counts_every_token_but_the_first_once(copy, tmp_path, capsys
     assert abs(said - nats / (len(tokens) - 1)) <= rounding
 
 
-def test_sampling_streams_utf8_and_survives_a_closed_pipe(launch, copy):
-    process = launch("--sample", copy, "--prompt", "é🎭", "--tokens", 10**6, "--top-k", 5,
-                     "--seed", 3)
+def test_sampling_streams_utf8_and_survives_a_closed_pipe(copy):
+    command = [sys.executable, "run.py", "--sample", copy, "--prompt", "é🎭", "--tokens", "1000000",
+               "--top-k", "5", "--seed", "3"]
+    process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
     assert process.stdout.read(50).startswith("é🎭")
     process.stdout.close()
     assert process.wait(60) == 0 and process.stderr.read() == ""

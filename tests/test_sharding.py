@@ -7,24 +7,23 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import ROOT, Running, wait_less
 
 from minitf import load, resolve
 from minitf.training import sharding
 
-ROOT = Path(__file__).parents[1]
 # By hand, with meshes.py, also ["preln", {"optimizer": "muon"}, "fsdp=4"], ["normless", {},
 # "data=8"], ["paper", {"eta": 0.2}, "data=8"], ["identity-skip", {}, "data=2,fsdp=4"].
 CASES = [("isometric", dict(accumulate=2), "data=2,fsdp=2")]
 
 
-def environment(devices):
+def devices(count):
+    """What makes a process believe that it has so many."""
     flags = os.environ.get("XLA_FLAGS", "")
-    return dict(os.environ,
-                XLA_FLAGS=f"{flags} --xla_force_host_platform_device_count={devices}")
+    return {"XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={count}"}
 
 
 def test_meshes_give_what_one_device_gives():
@@ -59,36 +58,25 @@ def test_a_mesh_that_does_not_fit_is_refused(text, said):
 
 
 def test_refusals_name_the_numbers_that_do():
-    command = [sys.executable, "run.py", "--depth", "2", "--steps", "1", "--width", "36",
-               "--heads", "2", "--data", "minitf/*/*.py"]
+    command = ["--depth", "2", "--steps", "1", "--width", "36", "--heads", "2", "--data",
+               "minitf/*/*.py"]
     for flags, said in [("--batch 12 --mesh data=8", "8 does not divide the sequences, 12; "
                          "1, 2, 3, 4, 6 would"),
                         ("--mesh fsdp=8", "8 does not divide the width, 36; 1, 2, 3, 4, 6 would")]:
-        done = subprocess.run(command + flags.split(), cwd=ROOT, capture_output=True, text=True,
-                              env=environment(8))
-        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-        assert said in done.stderr
-
-
-IMPATIENT = """
-import minitf.cli.loop
-from minitf.cli.main import main
-from minitf.training import sharding
-sharding.LOST_AFTER = 5
-minitf.cli.loop.show_sample = lambda *_: None                # its programs take a second to trace
-main()
-"""
+        process = Running(command + flags.split(), variables=devices(8))
+        _, errors = process.communicate(60)
+        assert (process.returncode, errors.count("\n")) == (2, 1), errors
+        assert said in errors
 
 
 def start(folder, which, port, *flags):
     """One of two processes, each with two simulated devices, that train together."""
-    command = [sys.executable, "-c", IMPATIENT, "--coordinator", f"localhost:{port}",
-               "--processes", "2", "--process-id", str(which), "--mesh", "data=2,fsdp=2", *flags]
+    command = ["--coordinator", f"localhost:{port}", "--processes", "2", "--process-id", which,
+               "--mesh", "data=2,fsdp=2", *flags]
     if "--resume" not in flags:
         command += ["--preset", "preln", "--depth", "2", "--width", "32", "--length", "32",
-                    "--data", "minitf/*/*.py", "--out", str(folder)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, env=environment(2))
+                    "--data", "minitf/*/*.py", "--out", folder]
+    return Running(command, wait_less, devices(2))
 
 
 def two(folder, *flags):
@@ -110,8 +98,8 @@ def test_a_lost_process_ends_the_other(tmp_path, victim):
     """SIGKILL of either, the coordinator too: the other ends, a whole checkpoint is left."""
     processes = two(tmp_path, "--steps", "100000", "--save-every", "5")
     wait_for(tmp_path, 0, processes)
-    processes[victim].kill()
-    _, errors = processes[1 - victim].communicate(timeout=60)
+    processes[victim].send_signal(signal.SIGKILL)
+    _, errors = processes[1 - victim].communicate(60)
     assert processes[1 - victim].returncode != 0
     assert "seems lost" in errors or "another task died" in errors, errors[-2000:]
     load(tmp_path)
@@ -124,7 +112,7 @@ def test_what_one_process_refuses_ends_both(tmp_path):
         port = free.getsockname()[1]
     out = tmp_path / "run"
     processes = [start(out, which, port, "--seed", str(which)) for which in (0, 1)]
-    ends = [each.communicate(timeout=60) for each in processes]
+    ends = [each.communicate(60) for each in processes]
     assert [each.returncode for each in processes] == [2, 2], ends
     assert "must be the same in all processes" in ends[0][1] and not out.exists()
 
@@ -134,13 +122,13 @@ def test_a_signal_to_either_process_stops_both_and_both_go_on_to_the_end(tmp_pat
     processes = two(tmp_path, "--steps", "2000", "--save-every", "10", "--objective", "mlm")
     wait_for(tmp_path, 10, processes)
     processes[1].send_signal(signal.SIGTERM)
-    ends = [each.communicate(timeout=60) for each in processes]
+    ends = [each.communicate(60) for each in processes]
     assert [each.returncode for each in processes] == [128 + signal.SIGTERM] * 2
     assert "to go on" in ends[0][1] and "preset" in ends[0][0] and "preset" not in ends[1][0]
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").open()]
     last = max(steps) + 4
     processes = two(tmp_path, "--resume", str(tmp_path), "--steps", str(last))
-    ends = [each.communicate(timeout=150) for each in processes]
+    ends = [each.communicate(150) for each in processes]
     assert [each.returncode for each in processes] == [0, 0], ends[0][1][-2000:]
     assert "validation loss" in ends[0][0] and "validation loss" not in ends[1][0]
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
