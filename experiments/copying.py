@@ -63,7 +63,7 @@ def run(names):
                 params, state, *fixed, optimizer.learning_rate(how, step), batch, model,
                 how.optimizer)
             if (step + 1) % EVERY == 0:
-                values = np.asarray(train.evaluate_tokens(params, fixed[0], test, model))
+                values = np.asarray(train.evaluate_batch(params, fixed[0], test, model)[0])
                 losses.append(float(values[repeats].mean()))
         add(RECORDS, name=name, flags=SHAPE | RUNS[name][0], loss=losses)
         print(f"{name}: {losses[-1]:.3f}", flush=True)

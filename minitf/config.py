@@ -13,16 +13,14 @@ SECTIONS = ("method", "additions", "successors", "training", "data")   # of flag
 LARGEST = 1e30                                         # number: what is made of it fits a float32
 
 
-def flag(group, text, *choices, table=(), default=MISSING, low=-inf, high=inf, above=-inf,
-         below=inf):
+def flag(group, text, *names, default=MISSING, **limits):
     """A field: its group and text in --help, and what it allows.
 
-    A choice of names, those of a table as it is when checked, or a range, closed (low, high) or
+    One of the names, or of `choices` as they are when checked, or a range, closed (low, high) or
     open (above, below).
     """
-    limits = dict(group=group, text=text, choices=choices or table, low=low, high=high, above=above,
-                  below=below)
-    return field(default=default, metadata=limits)
+    free = dict(choices=names, low=-inf, high=inf, above=-inf, below=inf)
+    return field(default=default, metadata=dict(group=group, text=text) | free | limits)
 
 
 def kind(each):
@@ -35,12 +33,11 @@ def check(each, value):
     name, limits = each.name, each.metadata
     if value is None and type(None) in get_args(each.type):
         return
-    if kind(each) is tuple and isinstance(value, (tuple, list)):
-        require(len(value), f"{name} must be one number or more, not none")
-        for part in value:
-            check_number(name, limits, float, part)
-    elif kind(each) in (int, float, tuple):
-        check_number(name, limits, int if kind(each) is int else float, value)
+    if kind(each) in (int, float, tuple):
+        parts = value if kind(each) is tuple and isinstance(value, (tuple, list)) else [value]
+        require(parts, f"{name} must be one number or more, not none")
+        for part in parts:
+            check_number(name, limits, int if kind(each) is int else float, part)
     else:
         require(isinstance(value, kind(each)),
                 f"{name} must be of type {kind(each).__name__}, not {value!r}")
@@ -75,7 +72,7 @@ class ModelConfig(Checked):
     width: int = flag("method", "features of a token, d (default: 64)", low=1)
     heads: int = flag("method", "attention heads (default: 4)", low=1, high=10_000)
     length: int = flag("method", "tokens of context, T (default: 64)", low=2)
-    attn: str = flag("method", "attention family", table=FAMILIES)
+    attn: str = flag("method", "attention family", choices=FAMILIES)
     objective: str = flag("method", "what is predicted: the next token (clm), or 15 % of the "
                           "tokens, masked, from both sides (mlm; default: clm)", "clm", "mlm")
     gamma: tuple = flag("method", "espa: decay of the last kernel, gamma_L, one number or one for "
@@ -292,8 +289,8 @@ class Settings:
         What follows from the data and the machine, not from flags, is as it was.
         """
         backend = "cpu" if self.model.dtype == "float32" else "gpu"
-        return resolve(self.preset, self.model.token_collision_rate, backend,
-                       **{**self.flags, **flags})
+        return resolve(collision_rate=self.model.token_collision_rate, backend=backend,
+                       **{"preset": self.preset, **self.flags, **flags})
 
 
 def resolve(preset: str = "isometric", collision_rate: float = 0.0, backend: str = "cpu",

@@ -92,10 +92,11 @@ CHANGES = {                               # file of the package: (before this, t
     "theory/families.py": ('    "softmax": Family(', '    "mine": prescribed(lambda config: ['
                            'np.linspace(0, 0.5, config.depth + 1)], spa.uniform_kernel),\n'),
     "theory/activations.py": ('    "silu": ', '    "sine": lambda x, np, special: np.sin(x),\n'),
-    "network/init.py": ('MLP_INITS = {"looks', 'mine = orthogonal_mlp\n'),
+    "network/init.py": ('MLP_INITS = {"looks', 'mine = independent(orthogonal_matrices)\n'),
     "training/optimizer.py": ('    "query": "qk"', '    "up": "first",\n')}   # a group of rates
 REPLACED = {
-    "network/init.py": ('"gaussian": gaussian_mlp}', '"gaussian": gaussian_mlp, "mine": mine}'),
+    "network/init.py": ('"gaussian": independent(gaussian_matrices)}',
+                        '"gaussian": independent(gaussian_matrices), "mine": mine}'),
     "config.py": ('"looks_linear", "orthogonal", "gaussian")',
                   '"looks_linear", "orthogonal", "gaussian", "mine")'),
     "training/optimizer.py": ('"up": "mlp", "down"', '"down"')}

@@ -253,7 +253,7 @@ def test_a_network_of_few_bits_is_that_of_its_rounded_weights():
     params, windows = stirred(params, 0, 0.1), random_tokens(1, 2, T + 1)
     matrices = {name: quantize.rounded(w, 4, 1) if w.ndim == 3 else w
                 for name, w in params["blocks"].items()}
-    losses = [np.asarray(train.evaluate_tokens(weights, {}, windows, config, bits))
+    losses = [np.asarray(train.evaluate_batch(weights, {}, windows, config, bits)[0])
               for weights, bits in ((params, (4, 16)), (params | {"blocks": matrices}, None),
                                     (params, None))]
     assert np.max(np.abs(losses[0] - losses[1])) < 0.02 < np.max(np.abs(losses[0] - losses[2]))

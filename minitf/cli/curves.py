@@ -1,10 +1,11 @@
 """How runs went, as a picture: loss.png in a run's folder, and --curves DIR ... --plot FILE."""
 import time
 from contextlib import suppress
+from functools import partial
 
 import numpy as np
 
-from ..errors import require
+from ..training.checkpoint import write
 from .metrics import read
 from .pictures import figure, save
 
@@ -28,14 +29,13 @@ def summary(lines, parts=PARTS):
                             if "val_loss" in line])
 
 
-def draw(runs, path, logarithmic=False, format=None):
+def draw(runs, path, logarithmic=False):
     """Losses above, gradient norms below; lines are of training, dots of validation.
 
     Args:
       runs: {label: dict as `summary` returns, perhaps without grad_norm}.
-      path: of the picture, a .png or what else matplotlib knows.
+      path: of the picture, a .png or what else matplotlib knows; or a file, of a .png.
       logarithmic: the axes of steps and of losses.
-      format: as matplotlib names it; None: that of the path.
     """
     norms = any("grad_norm" in run for run in runs.values())
     picture, panels = figure((9, 7), 1 + norms, 1, sharex=True, squeeze=False,
@@ -56,13 +56,7 @@ def draw(runs, path, logarithmic=False, format=None):
         ticks("{x:g}")
     picture.legend(fontsize="small", loc="outside lower center", ncols=2)
     upper.grid(alpha=0.3, which="both")
-    save(picture, path, format=format)
-
-
-def compare(folders, path, logarithmic):
-    """Draws several runs."""
-    require(path, "--curves needs --plot FILE.png")
-    draw({str(folder): summary(read(folder)) for folder in folders}, path, logarithmic)
+    save(picture, path)
 
 
 def renew(folder, last):
@@ -72,6 +66,4 @@ def renew(folder, last):
     """
     with suppress(Exception):
         if last or time.time() - (folder / "config.json").stat().st_mtime > SOON:
-            part = folder / "loss.png.part"
-            draw({folder.name: summary(read(folder))}, part, format="png")
-            part.replace(folder / "loss.png")
+            write(folder / "loss.png", partial(draw, {folder.name: summary(read(folder))}))

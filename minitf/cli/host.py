@@ -10,6 +10,7 @@ import tempfile
 import threading
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 
 import jax
@@ -17,6 +18,7 @@ import jax
 from ..errors import require
 
 CGROUP = Path("/sys/fs/cgroup")                                   # of a container
+STOPPING = "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"               # a closed terminal, Slurm
 
 
 def require_memory(settings, vocabulary):
@@ -72,19 +74,12 @@ def require_new(out):
 
 
 def make_folder(out, name):
-    """Creates `out`, or the next free folder runs/NAME-N; ValueError where that is not possible."""
-    try:
-        if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            return out
-        Path("runs").mkdir(exist_ok=True)
-        for number in range(1, 10**6):
-            with suppress(FileExistsError):
-                out = Path("runs") / f"{name}-{number}"
-                out.mkdir()
-                return out
-    except OSError as error:
-        raise ValueError(f"cannot create {error.filename}: {error.strerror}") from None
+    """Creates `out`, or the next free folder runs/NAME-N."""
+    if out is None:
+        paths = (Path("runs", f"{name}-{number}") for number in count(1))
+        out = next(path for path in paths if not path.exists())
+    out.mkdir(parents=True, exist_ok=True)
+    return out
 
 
 def aside():
@@ -112,9 +107,6 @@ def stop_signals():
     Outside of the main thread none is received.
     """
     received, before = [], {}
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
 
     def restore():
         for number, handler in before.items():
@@ -124,10 +116,10 @@ def stop_signals():
         received.append(number)
         restore()
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):       # a closed terminal, Slurm
-        number = getattr(signal, name, None)
-        if number and signal.getsignal(number) != signal.SIG_IGN:
-            before[number] = signal.signal(number, receive)
+    if threading.current_thread() is threading.main_thread():
+        for number in signal.Signals:
+            if number.name in STOPPING and signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, receive)
     try:
         yield received
     finally:

@@ -129,10 +129,8 @@ def mean_square(kernels):
 
 def mean_cosine(kernels):
     """(..., T, T) -> (...): over pairs of different positions."""
-    scale = np.sqrt(np.maximum(np.diagonal(kernels, axis1=-2, axis2=-1), 1e-30))
     length = kernels.shape[-1]
-    total = (kernels / scale[..., None] / scale[..., None, :]).sum((-2, -1))
-    return (total - length) / (length * (length - 1))
+    return (theory.correlation(kernels).sum((-2, -1)) - length) / (length * (length - 1))
 
 
 def effective_rank(kernels):

@@ -109,12 +109,10 @@ def go_on(folder, out, flags, mesh, log_to):
 
 def changes(settings, flags):
     """The flags that say something else than the settings: {name: value}."""
-    others = dict(flags)
-    preset = others.pop("preset", settings.preset)
-    values = lambda given: {**asdict(given.model), **asdict(given.training), **asdict(given.data)}
-    new, old = values(settings.replace(**others)), values(settings)
-    changed = {name: value for name, value in others.items() if new[name] != old[name]}
-    return changed if preset == settings.preset else {"preset": preset, **changed}
+    values = lambda given: {"preset": given.preset, **asdict(given.model), **asdict(given.training),
+                            **asdict(given.data)}
+    new, old = values(settings.replace(**flags)), values(settings)
+    return {name: value for name, value in flags.items() if new[name] != old[name]}
 
 
 def run_steps(state, corpus, constants, out, log_to):
@@ -151,11 +149,8 @@ def run_steps(state, corpus, constants, out, log_to):
                 last, pending = record(*pending, last), None
             if evaluating:
                 count = (64 if done == how.steps else 4) * how.batch
-                said, warning = evaluate(settings, params, constants, corpus, count, done, metrics,
-                                         watch)
-                progress.note(f"step {done}: {said}")
-                if warning:
-                    progress.note(warning)
+                said = evaluate(settings, params, constants, corpus, count, done, metrics, watch,
+                                progress)
             if saving:
                 state = checkpoints.Checkpoint(done, settings, encoding, digest, params, opt_state)
                 save(out, metrics, state, watch.best)
@@ -166,7 +161,9 @@ def run_steps(state, corpus, constants, out, log_to):
                 progress.rest()
     print(f"\n{said}, after {how.steps} steps, {time.perf_counter() - started:.0f} s; {out}")
     if model.objective == "clm":
-        show_beginning(checkpoints.Model(model, params, constants, encoding), corpus)
+        print("\nA sample, from a beginning in the validation text:\n")
+        prompt = corpus.validation[:min(16, model.length // 2)].tolist()
+        show_sample(checkpoints.Model(model, params, constants, encoding), prompt, Sampling())
 
 
 def leave(progress, done, steps, out, stop):
@@ -174,13 +171,6 @@ def leave(progress, done, steps, out, stop):
     say_last(progress, f"stopped and saved after step {done} of {steps}; to go on: "
              f"python run.py --resume {shlex.quote(str(out))}")
     sys.exit(128 + (stop or [signal.SIGTERM])[0])
-
-
-def show_beginning(trained, corpus):
-    """Draws a sample from a Model, from a beginning in the validation text."""
-    print("\nA sample, from a beginning in the validation text:\n")
-    prompt = corpus.validation[:min(16, trained.config.length // 2)].tolist()
-    show_sample(trained, prompt, Sampling())
 
 
 def begin_watch(settings, params, constants, corpus, start, out, metrics, progress):
@@ -193,7 +183,7 @@ def begin_watch(settings, params, constants, corpus, start, out, metrics, progre
         metrics.add({"step": 0, **blocks})
         progress.note(f"step 0: loss {loss:.3f} on {len(windows)} windows of validation text; now "
                       "the step is compiled")
-    for line in metrics.lines():
+    for line in curves.read(out):
         watch.recall(line)
     return watch
 
@@ -209,9 +199,7 @@ def record_step(metrics, progress, watch, how, step, values, last):
     if math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]):
         metrics.add(line)
         progress.show(line)
-        warning = watch.gradient(line, values["grad_norms"])
-        if warning:
-            progress.note(warning)
+        progress.note(watch.gradient(line, values["grad_norms"]))
         return step, values
     suspect = last if last and not math.isfinite(line["loss"]) else (step, values)
     name, norm = training.largest_gradient(suspect[1]["grad_norms"])
@@ -225,14 +213,15 @@ def record_step(metrics, progress, watch, how, step, values, last):
 def say_last(progress, line):
     """A line on stderr before a run ends early; of several processes the first says it."""
     if sharding.first():
-        print(progress.last_words(line), file=sys.stderr)
+        progress.end_line()
+        print(f"run.py: {line}", file=sys.stderr)
 
 
-def evaluate(settings, params, constants, corpus, count, step, metrics, watch):
-    """The loss on `count` windows of validation text, as a sentence, and a warning or None.
+def evaluate(settings, params, constants, corpus, count, step, metrics, watch, progress):
+    """The loss on `count` windows of validation text, as a sentence.
 
-    Loss, mean squares and kurtosis behind the blocks go into the metrics. ValueError if the tokens
-    have turned out to be damaged.
+    It is noted, with a warning if there is one. Loss, mean squares and kurtosis behind the blocks
+    go into the metrics. ValueError if the tokens have turned out to be damaged.
     """
     corpus.verify()
     windows = data.spread_windows(corpus.validation, settings.model.length, count)
@@ -249,7 +238,9 @@ def evaluate(settings, params, constants, corpus, count, step, metrics, watch):
                 f"(unigram {unigram:.3f}, {unigram * bits:.3f})")
     metrics.add(line)
     watch.recall(line)
-    return said, watch.activations(step, blocks["mean_square"])
+    progress.note(f"step {step}: {said}")
+    progress.note(watch.activations(step, blocks["mean_square"]))
+    return said
 
 
 def save(out, metrics, state, best=None):

@@ -17,7 +17,7 @@ from ..presets import PRESETS
 from ..theory.kernels import network_activation
 from ..training import checkpoint, sharding
 from . import curves, figures, inspection, loop, use
-from .metrics import TRACKERS
+from .metrics import TRACKERS, read
 from .pictures import require_place
 
 MODES = ("out", "resume", "sample", "eval", "export", "inspect", "curves", "figure", "plot",
@@ -27,7 +27,9 @@ DOING = "resume", "sample", "eval", "export", "inspect", "curves", "figure"     
 GOES_WITH = {"plot": ("inspect", "curves", "figure"), "log_axes": ("curves",),
              "init_from": ("train",), "log_to": ("train", "resume"), "quantize": ("eval",),
              "mesh": ("train", "resume", "sample", "eval", "inspect")}
-SAMPLING = [each.name for each in fields(Sampling)]
+SETTINGS = ["preset", *(each.name for each in FIELDS)]
+TAKES = {"sample": [each.name for each in fields(Sampling)], "eval": ["data"], "export": [],
+         "curves": [], "inspect DIR": []}                         # else SETTINGS
 COMMON = ("help help-all out resume init-from sample eval inspect curves figure plot preset attn "
           "depth width heads length steps batch seed optimizer learning-rate accumulate mesh data "
           "val-data encoding prompt tokens").split()             # what --help shows
@@ -77,30 +79,28 @@ def act(modes, flags):
     for flag, allowed in GOES_WITH.items():
         require(not modes[flag] or doing in allowed, f"{flag.replace('_', '-')} goes with "
                 f"{', '.join(allowed)}, not with {doing}")
-    check_picture(modes["figure"], modes["plot"])
+    require(modes["plot"] or doing not in ("curves", "figure"), f"--{doing} needs --plot FILE.png")
+    if modes["plot"]:
+        require_place(modes["plot"])
+    given = doing + " DIR" * isinstance(modes["inspect"], Path)
+    loop.refuse_others(flags, TAKES.get(given, SETTINGS), f"cannot be given with {given}")
     mesh = modes["mesh"]
     if mesh is None and (jax.process_count() > 1 or doing in ("train", "resume")):
         mesh = "all"
     if modes["resume"]:
         loop.resume(modes["resume"], flags, mesh, modes["log_to"])
     elif modes["sample"]:
-        loop.refuse_others(flags, SAMPLING, "cannot be given with --sample")
         use.sample(modes["sample"], Sampling(**flags), mesh)
     elif modes["eval"]:
-        loop.refuse_others(flags, ["data"], "cannot be given with --eval")
         use.evaluate(modes["eval"], flags.get("data"), mesh, modes["quantize"])
     elif modes["export"]:
-        loop.refuse_others(flags, [], "cannot be given with --export")
         use.export(*modes["export"])
     elif modes["curves"]:
-        loop.refuse_others(flags, [], "cannot be given with --curves")
-        curves.compare(modes["curves"], modes["plot"], modes["log_axes"])
+        runs = {str(folder): curves.summary(read(folder)) for folder in modes["curves"]}
+        curves.draw(runs, modes["plot"], modes["log_axes"])
     elif isinstance(modes["inspect"], Path):
-        loop.refuse_others(flags, [], "cannot be given with --inspect DIR")
         inspection.inspect_run(modes["inspect"], modes["plot"], mesh)
     else:
-        names = ["preset", *(each.name for each in FIELDS)]
-        loop.refuse_others(flags, names, "can only be given with --sample")
         trained = checkpoint.newest(modes["init_from"])[0] if modes["init_from"] else None
         if trained:
             flags = loop.with_network_of(trained.settings, flags)
@@ -109,7 +109,7 @@ def act(modes, flags):
         if note:
             print(note)
         if modes["figure"]:
-            figures.FIGURES[modes["figure"]](settings, modes["plot"])
+            look_up(figures.FIGURES, modes["figure"], "figure")(settings, modes["plot"])
         elif doing == "inspect":
             require(mesh is None, "mesh does not go with inspect without DIR")
             inspection.inspect(settings, modes["plot"])
@@ -117,15 +117,6 @@ def act(modes, flags):
             loop.train(settings, modes["out"], mesh, trained, modes["log_to"])
     if modes["plot"]:
         print(f"drawn: {modes['plot']}")
-
-
-def check_picture(name, path):
-    """ValueError for a figure that there is not, or a path where none can be, before any work."""
-    if name:
-        look_up(figures.FIGURES, name, "figure")
-        require(path, "--figure needs --plot FILE.png")
-    if path:
-        require_place(path)
 
 
 def prepare_streams():

@@ -4,7 +4,7 @@ A line for each step, from 1, one for each evaluation, after so many steps, and 
 """
 import json
 import os
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict
 
 from ..errors import require
@@ -59,7 +59,7 @@ def start_tracker(name, folder, settings):
         raise ValueError(f"--log-to {name}: {type(error).__name__}: {error}") from None
 
 
-class Metrics:
+class Metrics(AbstractContextManager):
     """Lines of metrics, each a dict with its step. What a tracker raises never stops a run.
 
     log_to: of TRACKERS, or None.
@@ -67,10 +67,7 @@ class Metrics:
 
     def __init__(self, folder, settings, log_to):
         self.track = start_tracker(log_to, folder, settings) if log_to else None
-        self.folder, self.file = folder, open(folder / "metrics.jsonl", "a")
-
-    def __enter__(self):
-        return self
+        self.file = open(folder / "metrics.jsonl", "a", buffering=1)          # line by line
 
     def __exit__(self, *_):
         self.file.close()
@@ -82,12 +79,6 @@ class Metrics:
             with suppress(Exception):
                 self.track(line["step"], values)
 
-    def lines(self):
-        """Those of before, too."""
-        self.file.flush()
-        return read(self.folder)
-
     def sync(self):
         """All lines are on disk."""
-        self.file.flush()
         os.fsync(self.file.fileno())

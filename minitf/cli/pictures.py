@@ -27,10 +27,10 @@ def require_place(path):
             f"cannot write {path}: it must be a .png, .pdf or .svg in a folder that there is")
 
 
-def save(picture, path, **how):
+def save(picture, path):
     """Writes a figure; ValueError where that is not possible."""
     try:
-        picture.savefig(path, dpi=110, **how)
+        picture.savefig(path, dpi=110)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot write {path}: {error}") from None
 
@@ -62,7 +62,7 @@ def draw_reports(reports, columns, path):
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(kind in out)
             if kind in out:
-                image = draw_kernel(axis, out[kind][depth])
+                image = axis.imshow(correlation(out[kind][depth]), cmap="gray_r", vmin=0, vmax=1)
             if row == 0:
                 said = "predicted" if kind.startswith("predicted") else "measured"
                 axis.set_title(f"{said}\nblock {depth}", fontsize="medium")
@@ -90,8 +90,3 @@ def draw_columns(picture, axes, columns, reports):
             plain_numbers(axis.yaxis)
     picture.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=8,
                    fontsize="small")
-
-
-def draw_kernel(axis, kernel):
-    """The cosines of a kernel (T, T), white for 0, black for 1; returns the image."""
-    return axis.imshow(correlation(np.asarray(kernel, float)), cmap="gray_r", vmin=0, vmax=1)

@@ -1,7 +1,7 @@
-"""What a person sees of a run: what is trained, how far it is, text as it is made."""
-import codecs
+"""What a person sees of a run: what is trained, and how far it is."""
 import sys
 import time
+from contextlib import AbstractContextManager
 
 import jax
 
@@ -45,12 +45,10 @@ def describe_skips(model):
     if model.identity_skip:
         c = identity_parts(model)[0]
         return f"a skip of {c.min():.2f} to {c.max():.2f} around attention"
-    pairs = dict.fromkeys([(model.alpha, model.beta), (model.mlp_alpha, model.mlp_beta)])
-    said = ["no skips" if alpha == 0 else f"skips {alpha:.3g} + {beta:.3g}"
-            for alpha, beta in pairs]
-    if model.alpha == model.mlp_alpha == 0 or len(pairs) == 1:
-        return said[0]
-    return f"{said[0]} around attention, {said[1]} around MLPs"
+    pairs = (model.alpha, model.beta), (model.mlp_alpha, model.mlp_beta)
+    one, other = (f"skips {alpha:.3g} + {beta:.3g}" if alpha else "no skips"
+                  for alpha, beta in pairs)
+    return one if one == other else f"{one} around attention, {other} around MLPs"
 
 
 def describe_attention(model):
@@ -67,7 +65,7 @@ def describe_activation(phi):
             f"{phi.output_scale * phi.output_shift:+.3f}")
 
 
-class Progress:
+class Progress(AbstractContextManager):
     """How far a run is: a line that changes on a terminal, elsewhere a new one now and then."""
 
     def __init__(self, training, length):
@@ -77,12 +75,9 @@ class Progress:
         self.seconds, self.compiled = None, False          # of a step, smoothed
         self.rest()
 
-    def __enter__(self):
-        return self
 
     def __exit__(self, *_):
-        if self.width:
-            print()
+        self.end_line()
 
     def rest(self):
         """Time spent on something else does not count."""
@@ -107,15 +102,16 @@ class Progress:
                    f"gradient norm {line['grad_norm']:.3g}{rate}")
 
     def note(self, text):
-        """A line that stays."""
-        self.write(text)
-        if self.terminal:
+        """A line that stays, unless there is nothing to say."""
+        if text:
+            self.write(text)
+            self.end_line()
+
+    def end_line(self):
+        if self.width:
             print()
             self.width = 0
 
-    def last_words(self, text):
-        self.__exit__()
-        return "run.py: " + text
 
     def write(self, text):
         if not self.terminal:
@@ -146,11 +142,3 @@ def clock(seconds):
     if minutes < 60:
         return f"{minutes}:{seconds:02}"
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
-
-
-def stream(tokens, encoding, write):
-    """Writes the text of tokens as they come: a character once all its bytes are there."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for token in tokens:
-        write(decoder.decode(encoding.decode_single_token_bytes(token)))
-    write(decoder.decode(b"", final=True))

@@ -1,4 +1,5 @@
 """A run's corpus, and what one does with a trained model: draw text, measure a text's loss."""
+import codecs
 import json
 import math
 from dataclasses import asdict, replace
@@ -13,7 +14,7 @@ from ..network.quantize import bits_of
 from ..theory.kernels import network_activation
 from ..training import checkpoint, data, sharding, train
 from ..training.encoding import END, byte_lengths, known, pack_encoding
-from .progress import stream, through
+from .progress import through
 
 
 def read_corpus(settings, encoding=None):
@@ -46,7 +47,9 @@ def show_sample(model, prompt, sampling):
                           config, sampling.seed, sampling.temperature, sampling.top_k,
                           known(encoding))
     shown = chain((token for token in prompt if token != end), takewhile(lambda t: t != end, drawn))
-    stream(shown, encoding, lambda text: print(text, end="", flush=True))
+    pieces = map(encoding.decode_single_token_bytes, shown)
+    for text in codecs.iterdecode(pieces, "utf-8", "replace"):    # a character once it is whole
+        print(text, end="", flush=True)
     print(flush=True)
 
 
@@ -72,7 +75,7 @@ def evaluate(folder, names, mesh=None, quantize=None):
         _, params, constants, _ = checkpoint.model_of(saved)
         parts = data.every_window(tokens, config.length, size)
         for windows, counted in through(parts, -(-count // (config.length * size)), "batch"):
-            losses = (train.evaluate_tokens(params, constants, windows, config, bits)
+            losses = (train.evaluate_batch(params, constants, windows, config, bits)[0]
                       for bits in precisions)
             nats += [np.asarray(each, float)[counted].sum() for each in losses]
         if quantize:

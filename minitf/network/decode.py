@@ -93,21 +93,18 @@ def sample(params, constants, tokens, count, config, seed=0, temperature=1.0, to
     require(tokens.ndim == 1, "sampling goes on with one sequence, not with several")
     require(config.objective == "clm", "a network with objective mlm fills gaps: it draws no text")
     Sampling(tokens=count, temperature=temperature, top_k=top_k, seed=seed)    # ValueError
-    return drawn_tokens(params, constants, tokens.tolist(), count, config, seed, temperature,
-                        top_k, known)
 
+    def drawn(context, cache, start=0):
+        key, made = jax.random.key(seed), layers(params, constants, config)
+        for step in range(count):
+            if len(context) >= config.length:
+                context, start = context[-(config.length // 2):], 0
+            new = context[start:]                     # what the cache lacks
+            padded = np.zeros(min(2 ** (len(new) - 1).bit_length(), config.length), np.int32)
+            padded[:len(new)] = new                   # few lengths, so few programs
+            logits, cache = decode(params, made, cache, padded, start, config)
+            start = len(context)
+            context.append(int(draw(key, step, logits[len(new) - 1], temperature, top_k, known)))
+            yield context[-1]
 
-def drawn_tokens(params, constants, context, count, config, seed, temperature, top_k, known):
-    """What `sample` gives."""
-    key, cache, start = jax.random.key(seed), empty_cache(config), 0
-    made = layers(params, constants, config)
-    for step in range(count):
-        if len(context) >= config.length:
-            context, start = context[-(config.length // 2):], 0
-        new = context[start:]                         # what the cache lacks
-        padded = np.zeros(min(2 ** (len(new) - 1).bit_length(), config.length), np.int32)
-        padded[:len(new)] = new                       # few lengths, so few programs
-        logits, cache = decode(params, made, cache, padded, start, config)
-        start = len(context)
-        context.append(int(draw(key, step, logits[len(new) - 1], temperature, top_k, known)))
-        yield context[-1]
+    return drawn(tokens.tolist(), empty_cache(config))

@@ -36,8 +36,7 @@ def operations(config, backend=None):
     fused = fuses_attention(config, backend or hardware())
     straight = fused and config.depth <= STRAIGHT_BLOCKS and not config.remat
     keep = () if config.remat else ("attended",)
-    return plain.Operations(
-        project=plain.project,
+    return plain.REFERENCE._replace(
         attend=attend_fused if fused else plain.attend,
         activate=activate,
         normalise=normalise,

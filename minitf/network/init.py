@@ -140,16 +140,10 @@ QUERY_INITS = {"zero": zero_query, "gaussian": gaussian_query, "near-identity": 
 # --- MLPs: (key of up, of down, depth, d, hidden, phi^, scale) -> up (L, d, hidden), down ------
 
 
-def orthogonal_mlp(key_up, key_down, depth, d, hidden, phi, scale):
-    """The paper's: two orthogonal matrices, drawn independently."""
-    return (orthogonal_matrices(key_up, depth, d, hidden),
-            scale * orthogonal_matrices(key_down, depth, hidden, d))
-
-
-def gaussian_mlp(key_up, key_down, depth, d, hidden, phi, scale):
-    """The standard transformer's."""
-    return (gaussian_matrices(key_up, depth, d, hidden),
-            scale * gaussian_matrices(key_down, depth, hidden, d))
+def independent(matrices):
+    """Both drawn for themselves: orthogonal is the paper's, gaussian the standard transformer's."""
+    return lambda key_up, key_down, depth, d, hidden, phi, scale: (
+        matrices(key_up, depth, d, hidden), scale * matrices(key_down, depth, hidden, d))
 
 
 def looks_linear_mlp(key_up, key_down, depth, d, hidden, phi, scale):
@@ -165,5 +159,5 @@ def looks_linear_mlp(key_up, key_down, depth, d, hidden, phi, scale):
     return jnp.concatenate([up, -up], 2), jnp.concatenate([down, -down], 1)
 
 
-MLP_INITS = {"looks_linear": looks_linear_mlp, "orthogonal": orthogonal_mlp,
-             "gaussian": gaussian_mlp}
+MLP_INITS = {"looks_linear": looks_linear_mlp, "orthogonal": independent(orthogonal_matrices),
+             "gaussian": independent(gaussian_matrices)}

@@ -94,11 +94,6 @@ def slice_positions(table, start, count):
 
 # --- The others ---------------------------------------------------------------------------
 
-def project(x, w):
-    """x w."""
-    return x @ w
-
-
 def activate(x, phi):
     """phi^(x)."""
     return phi(x, jnp, jax.scipy.special)
@@ -141,4 +136,4 @@ def cross_entropy(x, head, targets):
     return -jax.nn.log_softmax(logits)[jnp.arange(len(targets)), targets]
 
 
-REFERENCE = Operations(project, attend, activate, normalise, repeat, cross_entropy)
+REFERENCE = Operations(jnp.matmul, attend, activate, normalise, repeat, cross_entropy)

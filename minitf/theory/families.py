@@ -5,7 +5,7 @@ for NumPy and JAX alike. `config` is a ModelConfig. L = depth, H = heads, T = le
 """
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Callable
 
 import numpy as np
@@ -89,10 +89,10 @@ def made_of(schedules, log_attention, matvec=None, bias=None, bias_names=("bias"
 
     def kernel_maps(config):
         def kernel_map(heads, sigma):
-            images = ((count, matvec(*pair, matvec(*pair, sigma).T))
+            images = (count * matvec(*pair, matvec(*pair, sigma).T)
                       for pair, count in Counter(heads).items())
-            return sum(count * image for count, image in images) / len(heads)
-        return [lambda sigma, heads=heads: kernel_map(heads, sigma) for heads in pairs(config)]
+            return sum(images) / len(heads)
+        return [partial(kernel_map, heads) for heads in pairs(config)]
 
     def row_sums(config):
         ones = np.ones((config.length, 1))

@@ -42,9 +42,9 @@ def kernel_recursion(kernel_maps, kernel, correlation_map, alpha=0.0, beta=1.0, 
 
 
 def correlation(kernel):
-    """The cosines between the tokens of a kernel, (T, T); 0 beside a token that is 0."""
-    root = np.maximum(np.sqrt(np.diag(kernel)), 1e-100)
-    return np.clip(kernel / np.outer(root, root), -1.0, 1.0)
+    """The cosines between the tokens of kernels (..., T, T); 0 beside a token that is 0."""
+    root = np.maximum(np.sqrt(np.diagonal(kernel, axis1=-2, axis2=-1)), 1e-30)
+    return np.clip(kernel / root[..., None] / root[..., None, :], -1.0, 1.0)
 
 
 def network_activation(config):

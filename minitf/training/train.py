@@ -69,21 +69,13 @@ def gradient_norms(gradient):
             for name, part in gradient.items()}
 
 
-def evaluation(config, **others):
-    """The Operations of an evaluation: the fast ones, but of a loss that has no upper limit."""
-    return fast.operations(config)._replace(cross_entropy=REFERENCE.cross_entropy, **others)
-
-
 @partial(jax.jit, static_argnames=("config", "bits"))
-def evaluate_tokens(params, constants, batch, config, bits=None):
-    """Cross-entropy in nats of each target: batch (B, T + 1) -> (B, T). bits: as `few_bits`."""
-    ops = few_bits(evaluation(config), bits)
-    return sharding.whole(token_losses(params, constants, batch, config, ops))
+def evaluate_batch(params, constants, batch, config, bits=None):
+    """Of a batch (B, T + 1): (cross-entropy in nats of each target, (B, T), each feature's mean
+    square behind each block, (L, d)).
 
-
-@partial(jax.jit, static_argnames="config")
-def evaluate_batch(params, constants, batch, config):
-    """(mean loss, each feature's mean square behind each block, (L, d)): batch (B, T + 1)."""
+    The Operations are the fast ones, but of a loss that has no upper limit. bits: as `few_bits`.
+    """
     squares = []
 
     def repeat(step, x, layers):
@@ -95,8 +87,9 @@ def evaluate_batch(params, constants, batch, config):
         squares.append(found)
         return x
 
-    losses = token_losses(params, constants, batch, config, evaluation(config, repeat=repeat))
-    return sharding.whole((losses.mean(), squares[0]))
+    ops = fast.operations(config)._replace(cross_entropy=REFERENCE.cross_entropy, repeat=repeat)
+    losses = token_losses(params, constants, batch, config, few_bits(ops, bits))
+    return sharding.whole((losses, squares[0]))
 
 
 def evaluate(params, constants, windows, config, size):
