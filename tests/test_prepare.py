@@ -184,13 +184,13 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(tmp_path):
         (tmp_path / f"in/{number:02}.txt").write_text(text)
     program = ("import sys; sys.path[:0] = [sys.argv.pop(1)]; import prepare; "
                "prepare.PIECE = 2000; prepare.main(sys.argv[1:])")
-    for count in (1, 2, 5):
+    for count in (1, 5):
         subprocess.run([sys.executable, "-c", program, ROOT / "data",
                         "--out", tmp_path / f"out-{count}", "--validation-share", "0.3",
                         "--processes", str(count), tmp_path / "in"],
                        check=True, stdout=subprocess.DEVNULL)
-    one, two, five = (tmp_path / f"out-{count}" for count in (1, 2, 5))
-    assert bytes_of(one) == bytes_of(two) == bytes_of(five)
+    one, five = (tmp_path / f"out-{count}" for count in (1, 5))
+    assert bytes_of(one) == bytes_of(five)
     # A share of 0.3 of 52, by hashes: 15.6, three standard deviations of 3.3 up and down.
     assert len(documents(one)) == 52 and 5 < len(documents(one, "validation")) < 26
 
