@@ -5,7 +5,6 @@ What is half done or damaged is never believed.
 import bz2
 import gzip
 import hashlib
-import importlib.util
 import json
 import lzma
 import os
@@ -19,7 +18,9 @@ import time
 from pathlib import Path
 
 import numpy as np
+import prepare
 import pytest
+import train_bpe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_hostile import CASES, mutated
@@ -30,11 +31,6 @@ from minitf.config import DataConfig
 from minitf.training import checkpoint, data, encoding as encodings
 
 ROOT = Path(__file__).parents[1]
-SPEC = importlib.util.spec_from_file_location("prepare", ROOT / "data/prepare.py")
-prepare = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(prepare)
-sys.modules["prepare"] = prepare             # where processes look for what they are to do
-
 TEXT = (ROOT / "data/shakespeare.txt").read_text()
 WORDS = (st.text(st.sampled_from("ab <|>\n\t= é🎭\0"), max_size=30)
          | st.sampled_from(["<|endoftext|>", " = A = \n", "To be"]))
@@ -590,9 +586,6 @@ def test_zst(tmp_path):
 
 def test_an_encoding_of_any_text(tmp_path, capsys):
     """The shipped one begins with what fewer tokens give; a text comes back; wrong ones refused."""
-    spec = importlib.util.spec_from_file_location("train_bpe", ROOT / "data/train_bpe.py")
-    train_bpe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(train_bpe)
     text, out = str(ROOT / "data/shakespeare.txt"), tmp_path / "ranks"
     train_bpe.main(["--out", str(out), "--size", "266", "--share", "0.9", text])
     assert data.RANKS.read_bytes().startswith(out.read_bytes())

@@ -1,17 +1,13 @@
 """data/prose.py: what is prose is kept, once, and nothing else."""
 import gzip
-import importlib.util
 import json
 import re
 import shutil
 import subprocess
-from pathlib import Path
 
+import prose
 import pytest
 
-SPEC = importlib.util.spec_from_file_location("prose", Path(__file__).parents[1] / "data/prose.py")
-prose = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(prose)
 PROSE = [f"Line {number} of the text is kept as it is, to its end." for number in
          "one two three four five six seven eight nine ten eleven twelve".split()]
 
