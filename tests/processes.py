@@ -1,4 +1,5 @@
 """Real processes that run run.py's main, forked from one that has imported all: they start fast."""
+import atexit
 import gc
 import io
 import json
@@ -61,7 +62,10 @@ def run(folder, arguments, before, variables):
     loop.show_sample = lambda *_: None                 # its programs take a second to trace
     if before:
         before()
-    main.main(arguments)
+    try:
+        main.main(arguments)
+    finally:                                           # which multiprocessing leaves out
+        atexit._run_exitfuncs()
 
 
 def wait_less():
