@@ -17,7 +17,7 @@ class Rates(NamedTuple):
     lr_mult_qk: float                      # times it: queries and keys
     lr_mult_vo: float                      # times it: values and outputs
     decay_groups: str = "qk,vo,mlp"        # whose matrices decay, where there is a weight decay
-    tuned: bool = True
+    tuned: bool = True                     # else a note says that it was not
 
 
 PRESETS = {

@@ -35,7 +35,7 @@ class Running:
         return self.process.exitcode
 
     def poll(self):
-        return self.process.exitcode
+        return self.returncode
 
     def send_signal(self, number):
         os.kill(self.process.pid, number)
@@ -79,7 +79,7 @@ def die_in(phase, nth):
     place, name, changed = PHASES[phase]
     countdown, before = [nth], getattr(place, name)
 
-    def die(*_):
+    def die():
         countdown[0] -= 1
         if countdown[0] == 0:
             os.kill(os.getpid(), signal.SIGKILL)

@@ -252,8 +252,8 @@ def test_a_batch_gives_what_each_of_its_sequences_gives_alone(attn, seed, size):
 
 
 @pytest.mark.parametrize("preset, flags", [(preset, {}) for preset in PRESETS] + [
-    ("isometric", dict(act="leaky_relu", transform="dks")), ("normless", dict(act="relu")),
-    ("paper", dict(act="tanh", transform="none"))], ids=str)
+    ("isometric", dict(act="leaky_relu", transform="dks")), ("isometric", dict(act="relu")),
+    ("normless", dict(act="gelu")), ("paper", dict(act="tanh", transform="none"))], ids=str)
 def test_bfloat16_stays_bfloat16(preset, flags):
     """Every preset and kind of activation keeps the dtype of what passes through it.
 

@@ -93,11 +93,13 @@ def test_a_trial_is_drawn_around_the_presets_own_rates(preset, number):
     assert drawn == sweep.drawn(flags, number) and sweep.drawn(flags, 0) == flags
     values = vars(own.model) | vars(own.training)
     changed = resolve(**sweep.parse(" ".join(sweep.arguments(drawn))))
+    kept = []                                              # three digits may be those of before
     for name, factor in sweep.FACTORS.items():
         value = (vars(changed.model) | vars(changed.training))[name]
         before, after = np.atleast_1d(values[name]), np.atleast_1d(value)
         assert np.all(after <= before * factor * 1.01) and np.all(after >= before / factor / 1.01)
-    assert changed.training != own.training
+        kept += [name] * (name in drawn and np.array_equal(after, before))
+    assert len(kept) <= 1
 
 
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=7), st.integers(1, 7))

@@ -75,11 +75,15 @@ def require_new(out):
 
 def make_folder(out, name):
     """Creates `out`, or the next free folder runs/NAME-N."""
-    if out is None:
-        paths = (Path("runs", f"{name}-{number}") for number in count(1))
-        out = next(path for path in paths if not path.exists())
-    out.mkdir(parents=True, exist_ok=True)
-    return out
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        return out
+    Path("runs").mkdir(exist_ok=True)
+    for number in count(1):
+        with suppress(FileExistsError):                           # several may begin at once
+            out = Path("runs", f"{name}-{number}")
+            out.mkdir()
+            return out
 
 
 def aside():

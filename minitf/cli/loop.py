@@ -16,7 +16,7 @@ from ..theory.kernels import attention_constants
 from ..training import checkpoint as checkpoints
 from ..training import data, encoding as encodings, optimizer, sharding, train as training
 from . import curves, host
-from .metrics import Metrics
+from .metrics import Metrics, read
 from .progress import Progress, describe
 from .use import read_corpus, show_sample
 from .watch import Watch
@@ -183,7 +183,7 @@ def begin_watch(settings, params, constants, corpus, start, out, metrics, progre
         metrics.add({"step": 0, **blocks})
         progress.note(f"step 0: loss {loss:.3f} on {len(windows)} windows of validation text; now "
                       "the step is compiled")
-    for line in curves.read(out):
+    for line in read(out):
         watch.recall(line)
     return watch
 

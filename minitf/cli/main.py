@@ -83,7 +83,9 @@ def act(modes, flags):
     if modes["plot"]:
         require_place(modes["plot"])
     given = doing + " DIR" * isinstance(modes["inspect"], Path)
-    loop.refuse_others(flags, TAKES.get(given, SETTINGS), f"cannot be given with {given}")
+    loop.refuse_others(flags, TAKES.get(given, SETTINGS), f"cannot be given with --{given}"
+                       if given in TAKES else "can only be given with --sample")
+    draw = modes["figure"] and look_up(figures.FIGURES, modes["figure"], "figure")
     mesh = modes["mesh"]
     if mesh is None and (jax.process_count() > 1 or doing in ("train", "resume")):
         mesh = "all"
@@ -108,8 +110,8 @@ def act(modes, flags):
         note = untuned(settings.preset, settings.flags)
         if note:
             print(note)
-        if modes["figure"]:
-            look_up(figures.FIGURES, modes["figure"], "figure")(settings, modes["plot"])
+        if draw:
+            draw(settings, modes["plot"])
         elif doing == "inspect":
             require(mesh is None, "mesh does not go with inspect without DIR")
             inspection.inspect(settings, modes["plot"])

@@ -143,7 +143,9 @@ def read_prepared(folder, manifest, encoding):
                 f"its format is {manifest['minitf']!r}, known is {PREPARED}")
         require(manifest["sha256"] == checksum_of(manifest),
                 "manifest.json is not what was written")
-
+        for name, file in manifest["files"].items():
+            size = (folder / name).stat().st_size
+            require(size == file["bytes"], f"{name} has {size:,} bytes, not {file['bytes']:,}")
         tables, files = (folder / "tables.npz").read_bytes(), manifest["files"]
         require(hashlib.sha256(tables).hexdigest() == files["tables.npz"]["sha256"],
                 "tables.npz is not what was written")
