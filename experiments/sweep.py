@@ -2,7 +2,7 @@
 
     python experiments/sweep.py run FILE "FLAGS" ... [--data DIR] [--test DIR] [--seeds 0,1,2]
                                 [--together N] [--random N [--best K --then "FLAGS"]]
-    python experiments/sweep.py report FILE ... [--plot FILE.png]
+    python experiments/sweep.py report FILE ... [--match TEXT] [--plot FILE.png]
 
 FLAGS are run.py's. What the file has is not repeated, and a run that was cut short goes on.
 --test: text on which each trained network is evaluated as well, as data/prepare.py --test makes it.
@@ -225,12 +225,16 @@ def label(flags, others):
     return shlex.join(arguments(shown)) or "as they are"
 
 
-def report(files, plot):
-    """Prints tables as Markdown, and draws the mean over seeds of each line of the first."""
+def report(files, match, plot):
+    """Prints tables as Markdown, and draws the mean over seeds of each line of the first.
+
+    match: only of runs with this in their flags.
+    """
     for file in files:
         require(file.exists(), f"{file}: no such file")
-    records = [each for file in files for each in read(file)]
-    require(records, f"{files[0]} has no runs yet")
+    records = [each for file in files for each in read(file)
+               if match in shlex.join(arguments(each["flags"]))]
+    require(records, f"{files[0]} has no runs{match and ' with '}{match} yet")
     groups, everyone = {}, [each["flags"] for each in records]
     for each in records:
         name = each.get("name")
@@ -260,7 +264,7 @@ def report(files, plot):
         print(row("loss", *(f"{best_of(losses, k):.3f}" for k in counts)))
     if plot:
         curves.draw({f"{name}: {np.mean([*map(loss, group)]):.3f}": mean_of(group)
-                     for name, group in ordered}, plot, True)
+                     for name, group in ordered if "loss" in group[0]}, plot, True)
 
 
 def shown(number, digits):
@@ -270,11 +274,10 @@ def shown(number, digits):
 
 def mean_of(group):
     """What `curves.draw` takes, as a mean over runs of the same steps."""
-    same = [each for each in group if each["at"] == group[0]["at"]]
-    by_step = {}
-    for step, value in (pair for each in same for pair in each["validation"]):
-        by_step.setdefault(step, []).append(value)
-    mean = dict(at=group[0]["at"], validation=[[at, np.mean(by_step[at])] for at in by_step])
+    steps = lambda each: (each["at"], [at for at, _ in each["validation"]])
+    same = [each for each in group if steps(each) == steps(group[0])]
+    means = np.mean([each["validation"] for each in same], 0).tolist()
+    mean = dict(at=group[0]["at"], validation=means)
     for name in ("loss", "grad_norm"):
         if all(name in each for each in same):
             mean[name] = np.mean([each[name] for each in same], 0)
@@ -296,12 +299,13 @@ def main():
         made.add_argument("--" + name, type=int, default=default, metavar="N", help=text)
     made.add_argument("--then", default="", metavar="FLAGS", help="what the best have as well")
     made.add_argument("--plot", type=Path, metavar="FILE.png", help="means over seeds, drawn")
+    made.add_argument("--match", default="", metavar="TEXT", help="report runs whose FLAGS have it")
     given, single = made.parse_known_args()
     given.more += single                                # FLAGS of one word look like options
     try:
         require(given.what == "report" or given.more, "run needs FLAGS, as \"--attn espa\"")
         if given.what == "report":
-            return report([given.file, *map(Path, given.more)], given.plot)
+            return report([given.file, *map(Path, given.more)], given.match, given.plot)
         return bool(run(given.file, given.more, (given.data, given.test), given.seeds,
                         given.random, given.best, given.then, given.together))
     except (ValueError, OSError) as error:

@@ -74,13 +74,13 @@ def test_a_search_goes_on_where_it_was_killed(tmp_path, calls, monkeypatch, caps
     record, = sweep.read(tmp_path / "runs.jsonl")
     assert record["validation_loss"] == first["validation_loss"] and record["loss"] == first["loss"]
     assert first["flags"] == record["flags"]
-    sweep.report([tmp_path / "runs.jsonl"], None)
+    sweep.report([tmp_path / "runs.jsonl"], "", None)
     assert f"{record['validation_loss']:.3f}" in capsys.readouterr().out
 
     (tmp_path / "runs.jsonl").unlink()
     assert asked(tmp_path, random=0, best=0, texts=(None, "a text")) == 0
     assert calls[-1][0] == "--eval" and calls[-1][2:] == ["--data", "a text"]
-    sweep.report([tmp_path / "runs.jsonl"], None)
+    sweep.report([tmp_path / "runs.jsonl"], "", None)
     output = capsys.readouterr().out
     assert "| test loss |" in output and "1.234" in output
 
@@ -120,7 +120,7 @@ def test_flags_of_one_word_are_flags(tmp_path, monkeypatch):
 
 def test_the_tables_that_are_kept_can_be_printed(capsys):
     for name in ("trials", "long", "laptop", "ladder"):
-        sweep.report([sweep.HERE / f"{name}.jsonl"], None)
+        sweep.report([sweep.HERE / f"{name}.jsonl"], "", None)
         rows = capsys.readouterr().out.split("\n\n")[1].splitlines()[2:]
         assert len(rows) > 5 and all(row.startswith("| `") for row in rows), name
 
@@ -146,7 +146,7 @@ def test_a_run_that_diverges_is_a_result(tmp_path, monkeypatch, capsys):
     record, = sweep.read(tmp_path / "runs.jsonl")
     assert sweep.loss(record) == np.inf and record["ended"] == problem
     assert asked(tmp_path, random=0, best=0) == 0 and len(calls) == 2
-    sweep.report([tmp_path / "runs.jsonl"], None)
+    sweep.report([tmp_path / "runs.jsonl"], "", None)
     assert "inf" in capsys.readouterr().out
 
 

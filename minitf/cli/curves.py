@@ -32,6 +32,8 @@ def summary(lines, parts=PARTS):
 def draw(runs, path, logarithmic=False):
     """Losses above, gradient norms below; lines are of training, dots of validation.
 
+    What is said of a part of the steps stands at its middle.
+
     Args:
       runs: {label: dict as `summary` returns, perhaps without grad_norm}.
       path: of the picture, a .png or what else matplotlib knows; or a file, of a .png.
@@ -43,11 +45,12 @@ def draw(runs, path, logarithmic=False):
     upper, lower, scale = panels[0, 0], panels[-1, 0], "log" if logarithmic else "linear"
     for number, (label, run) in enumerate(runs.items()):
         style = dict(color=f"C{number % 10}", lw=1, ls=("-", "--", ":")[number // 10 % 3])
-        upper.plot(run["at"], run["loss"], label=label, **style)
+        middle = np.array(run["at"]) - np.diff(run["at"], prepend=0) / 2
+        upper.plot(middle, run["loss"], label=label, **style)
         if run["validation"]:
             upper.plot(*zip(*run["validation"]), "o", ms=4, color=style["color"])
         if "grad_norm" in run:
-            lower.semilogy(run["at"], run["grad_norm"], **style)
+            lower.semilogy(middle, run["grad_norm"], **style)
     if norms:
         lower.set(ylabel="gradient norm, largest")
     lower.set(xlabel="step", xscale=scale)
