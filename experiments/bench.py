@@ -24,7 +24,7 @@ from records import HERE                               # noqa: F401: minitf is i
 
 from minitf import attention_constants, init, resolve
 from minitf.cli.host import keep_freed_memory
-from minitf.cli.main import MODES, PROCESSES, make_parser
+from minitf.cli.main import SETTINGS, make_parser
 from minitf.network import decode, fast
 from minitf.training import data, optimizer, sharding, train
 
@@ -38,7 +38,7 @@ def main():
         parser.add_argument("--" + name, type=int, default=default)
     given = vars(parser.parse_args())
     own = [given.pop(name) for name in OWN]
-    flags = {name: value for name, value in given.items() if name not in (*MODES, *PROCESSES)}
+    flags = {name: value for name, value in given.items() if name in SETTINGS}
     settings = resolve(collision_rate=0.01, backend=fast.hardware(), **flags)
     keep_freed_memory()
     with sharding.use(given["mesh"], settings):

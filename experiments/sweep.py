@@ -31,7 +31,7 @@ from records import HERE, add, header, parser, read, row
 
 from minitf import __version__, resolve
 from minitf.cli import curves
-from minitf.cli.main import MODES, PROCESSES, make_parser
+from minitf.cli.main import SETTINGS, make_parser
 from minitf.errors import require
 
 DIVERGED = re.compile("loss is .*gradient norm .* at step")         # how run.py ends then
@@ -61,9 +61,9 @@ def parse(text):
     """FLAGS as a dict of settings; ValueError for what is no setting, or the sweep's own."""
     parser = make_parser()
     given = vars(parser.parse_args(shlex.split(text)))
-    for name in (*MODES, *PROCESSES, "seed"):
+    for name in [name for name in given if name not in SETTINGS or name == "seed"]:
         own, flag = parser.get_default(name), "--" + name.replace("_", "-")
-        require(given.pop(name, own) == own, f"{flag} is not for a sweep's FLAGS")
+        require(given.pop(name) == own, f"{flag} is not for a sweep's FLAGS")
     return given
 
 

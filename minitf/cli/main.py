@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 
 from ..config import FIELDS, SECTIONS, Sampling, kind, resolve, untuned
-from ..errors import OutOfReach, Parser, look_up, require
+from ..errors import OutOfReach, Parser, require
 from ..network.fast import hardware
 from ..presets import PRESETS
 from ..theory.kernels import network_activation
@@ -20,16 +20,15 @@ from . import curves, figures, inspection, loop, use
 from .metrics import TRACKERS, read
 from .pictures import require_place
 
-MODES = ("out", "resume", "sample", "eval", "export", "inspect", "curves", "figure", "plot",
-         "log_axes", "init_from", "log_to", "quantize", "compilation_cache", "mesh")
-PROCESSES = "coordinator", "process_id", "processes"
 DOING = "resume", "sample", "eval", "export", "inspect", "curves", "figure"     # else train
-GOES_WITH = {"plot": ("inspect", "curves", "figure"), "log_axes": ("curves",),
+GOES_WITH = {"plot": ("inspect", "inspect DIR", "curves", "figure"), "log_axes": ("curves",),
              "init_from": ("train",), "log_to": ("train", "resume"), "quantize": ("eval",),
-             "mesh": ("train", "resume", "sample", "eval", "inspect")}
+             "mesh": ("train", "resume", "sample", "eval", "inspect DIR")}
 SETTINGS = ["preset", *(each.name for each in FIELDS)]
 TAKES = {"sample": [each.name for each in fields(Sampling)], "eval": ["data"], "export": [],
          "curves": [], "inspect DIR": []}                         # else SETTINGS
+OUT_OF_MEMORY = ("out of memory: --accumulate 2 or more computes a batch in parts, --remat keeps "
+                 "less; a smaller --batch, --length or --width may help")
 COMMON = ("help help-all out resume init-from sample eval inspect curves figure plot preset attn "
           "depth width heads length steps batch seed optimizer learning-rate accumulate mesh data "
           "val-data encoding prompt tokens").split()             # what --help shows
@@ -38,9 +37,7 @@ COMMON = ("help help-all out resume init-from sample eval inspect curves figure 
 def main(arguments=None):
     """Trains, resumes, samples, evaluates or inspects, as the arguments say."""
     parser = make_parser()
-    flags = vars(parser.parse_args(arguments))                    # those given, no others
-    modes = {name: flags.pop(name) for name in MODES}
-    processes = [flags.pop(name) for name in PROCESSES]
+    given = parser.parse_args(arguments)
     prepare_streams()
 
     def refuse(line):
@@ -48,77 +45,77 @@ def main(arguments=None):
         parser.error(line)
 
     try:
-        start_processes(*processes)
+        start_processes(given.coordinator, given.process_id, given.processes)
         start_backend()
-        if modes["compilation_cache"]:
+        if given.compilation_cache:
             keep_compiled_programs()
-        act(modes, flags)
+        act(given)
     except ValueError as error:
         refuse(str(error))
     except BrokenPipeError:                                       # nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0 if modes["sample"] else 141)                   # 128 + SIGPIPE
+        sys.exit(0 if given.sample else 141)                      # 128 + SIGPIPE
     except OSError as error:
         refuse(f"{error.filename or 'cannot write'}: {error.strerror}")
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-            if sharding.lost(error) is None:
-                raise
-            refuse(sharding.lost(error))
-        refuse("out of memory: --accumulate 2 or more computes a batch in parts, --remat "
-               "keeps less; a smaller --batch, --length or --width may help")
+        full = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+        said = OUT_OF_MEMORY if full else sharding.lost(error)
+        if not said:
+            raise
+        refuse(said)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
 
 
-def act(modes, flags):
-    """Does what the modes say, with the flags that it takes."""
-    doing = next((name for name in DOING if modes[name]), "train")
-    if modes["plot"] and doing == "train" and not modes["out"]:
+def act(given):
+    """Does what the arguments say."""
+    doing = next((name for name in DOING if getattr(given, name)), "train")
+    if given.plot and doing == "train" and not given.out:
         doing = "inspect"
+    if isinstance(given.inspect, Path):
+        doing = "inspect DIR"
     for flag, allowed in GOES_WITH.items():
-        require(not modes[flag] or doing in allowed, f"{flag.replace('_', '-')} goes with "
+        require(not getattr(given, flag) or doing in allowed, f"{flag.replace('_', '-')} goes with "
                 f"{', '.join(allowed)}, not with {doing}")
-    require(modes["plot"] or doing not in ("curves", "figure"), f"--{doing} needs --plot FILE.png")
-    if modes["plot"]:
-        require_place(modes["plot"])
-    given = doing + " DIR" * isinstance(modes["inspect"], Path)
-    loop.refuse_others(flags, TAKES.get(given, SETTINGS), f"cannot be given with --{given}"
-                       if given in TAKES else "can only be given with --sample")
-    draw = modes["figure"] and look_up(figures.FIGURES, modes["figure"], "figure")
-    mesh = modes["mesh"]
+    require(given.plot or doing not in ("curves", "figure"), f"--{doing} needs --plot FILE.png")
+    if given.plot:
+        require_place(given.plot)
+    flags = {name: value for name, value in vars(given).items()
+             if name in SETTINGS or name in TAKES["sample"]}          # those given, no others
+    loop.refuse_others(flags, TAKES.get(doing, SETTINGS), f"cannot be given with --{doing}"
+                       if doing in TAKES else "can only be given with --sample")
+    mesh = given.mesh
     if mesh is None and (jax.process_count() > 1 or doing in ("train", "resume")):
         mesh = "all"
-    if modes["resume"]:
-        loop.resume(modes["resume"], flags, mesh, modes["log_to"])
-    elif modes["sample"]:
-        use.sample(modes["sample"], Sampling(**flags), mesh)
-    elif modes["eval"]:
-        use.evaluate(modes["eval"], flags.get("data"), mesh, modes["quantize"])
-    elif modes["export"]:
-        use.export(*modes["export"])
-    elif modes["curves"]:
-        runs = {str(folder): curves.summary(read(folder)) for folder in modes["curves"]}
-        curves.draw(runs, modes["plot"], modes["log_axes"])
-    elif isinstance(modes["inspect"], Path):
-        inspection.inspect_run(modes["inspect"], modes["plot"], mesh)
+    if doing == "resume":
+        loop.resume(given.resume, flags, mesh, given.log_to)
+    elif doing == "sample":
+        use.sample(given.sample, Sampling(**flags), mesh)
+    elif doing == "eval":
+        use.evaluate(given.eval, flags.get("data"), mesh, given.quantize)
+    elif doing == "export":
+        use.export(*given.export)
+    elif doing == "curves":
+        runs = {str(folder): curves.summary(read(folder)) for folder in given.curves}
+        curves.draw(runs, given.plot, given.log_axes)
+    elif doing == "inspect DIR":
+        inspection.inspect_run(given.inspect, given.plot, mesh)
     else:
-        trained = checkpoint.newest(modes["init_from"])[0] if modes["init_from"] else None
+        trained = checkpoint.newest(given.init_from)[0] if given.init_from else None
         if trained:
             flags = loop.with_network_of(trained.settings, flags)
         settings = reachable(resolve(**flags, backend=hardware()))
         note = untuned(settings.preset, settings.flags)
         if note:
             print(note)
-        if draw:
-            draw(settings, modes["plot"])
+        if doing == "figure":
+            figures.FIGURES[given.figure](settings, given.plot)
         elif doing == "inspect":
-            require(mesh is None, "mesh does not go with inspect without DIR")
-            inspection.inspect(settings, modes["plot"])
+            inspection.inspect(settings, given.plot)
         else:
-            loop.train(settings, modes["out"], mesh, trained, modes["log_to"])
-    if modes["plot"]:
-        print(f"drawn: {modes['plot']}")
+            loop.train(settings, given.out, mesh, trained, given.log_to)
+    if given.plot:
+        print(f"drawn: {given.plot}")
 
 
 def prepare_streams():
@@ -191,8 +188,8 @@ def make_parser():
                        help="a run's weights as FILE.safetensors")
     where.add_argument("--curves", nargs="+", type=Path, metavar="DIR",
                        help="draw the losses of runs into --plot")
-    where.add_argument("--figure", metavar="NAME", help="draw, of networks at their start, "
-                       f"{', '.join(figures.FIGURES)}")
+    where.add_argument("--figure", choices=figures.FIGURES, metavar="NAME",
+                       help=f"draw, of networks at their start, {', '.join(figures.FIGURES)}")
     parser.add_argument("--plot", type=Path, metavar="FILE.png",
                         help="where to draw it, .png, .pdf or .svg; by matplotlib")
     parser.add_argument("--log-axes", action="store_true", help="--curves: steps and losses")
