@@ -56,7 +56,7 @@ def main(arguments=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0 if given.sample else 141)                      # 128 + SIGPIPE
     except OSError as error:
-        refuse(f"{error.filename or 'cannot write'}: {error.strerror}")
+        refuse(f"{error.filename or 'a file'} cannot be read or written: {error.strerror}")
     except (MemoryError, RuntimeError) as error:
         full = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
         said = OUT_OF_MEMORY if full else sharding.lost(error)

@@ -22,17 +22,14 @@ def figure(size, *shape, **how):
 
 def require_place(path):
     """ValueError where no picture can be written, before work is done for it."""
-    blank((1, 1))
-    require(path.suffix and path.absolute().parent.is_dir(),
+    kinds = blank((1, 1)).canvas.get_supported_filetypes()
+    require(path.suffix[1:] in kinds and path.absolute().parent.is_dir(),
             f"cannot write {path}: it must be a .png, .pdf or .svg in a folder that there is")
 
 
 def save(picture, path):
-    """Writes a figure; ValueError where that is not possible."""
-    try:
-        picture.savefig(path, dpi=110)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot write {path}: {error}") from None
+    """Writes a figure."""
+    picture.savefig(path, dpi=110)
 
 
 def plain_numbers(axis):

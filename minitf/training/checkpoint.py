@@ -162,10 +162,7 @@ def lock(folder):
 
     ValueError if another process has it.
     """
-    try:
-        file = open(Path(folder) / "lock", "a")
-    except OSError as error:
-        raise ValueError(f"cannot write to {folder}: {error.strerror}") from None
+    file = open(Path(folder) / "lock", "a")
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

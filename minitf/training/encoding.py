@@ -134,8 +134,6 @@ def read_text(path):
         return b"".join(pieces).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise NotText(f"{path} is not UTF-8 text") from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
 
 
 # --- Encodings ----------------------------------------------------------------------------
@@ -164,8 +162,6 @@ def load_encoding(name):
     except (ValueError, binascii.Error):
         raise ValueError(f"{name} is not a rank file: each line must be a token in base64, "
                          "a space and its rank") from None
-    except OSError as error:
-        raise ValueError(f"{name} cannot be read: {error.strerror}") from None
     require(sorted(ranks.values()) == list(range(len(ranks))),
             f"{name} is not a rank file: ranks must be 0 to n - 1, each once")
     return make_encoding(path.stem, ranks, r50k_pat_str, {})
