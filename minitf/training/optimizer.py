@@ -122,17 +122,10 @@ def newton_schulz(x, dtype):
     x = (x / jnp.maximum(size, 1e-15)).astype(dtype)
     identity = jnp.eye(min(x.shape[1:]), dtype=dtype)
     quintic = lambda gram: 3.4445 * identity - 4.7750 * gram + 2.0315 * (gram @ gram)
-    for _ in range(5):
-        x = times_gram(x, quintic)
+    for _ in range(5):                     # of x^T x or x x^T, whichever is smaller, on its side
+        t = jnp.swapaxes(x, 1, 2)
+        x = x @ quintic(t @ x) if x.shape[1] > x.shape[2] else quintic(x @ t) @ x
     return x.astype(jnp.float32)
-
-
-def times_gram(x, function):
-    """x (L, in, out) times function(G), for G the smaller of x^T x and x x^T, on G's side."""
-    transposed = jnp.swapaxes(x, 1, 2)
-    if x.shape[1] > x.shape[2]:
-        return x @ function(transposed @ x)
-    return function(x @ transposed) @ x
 
 
 def scale_by_group():
