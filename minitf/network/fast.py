@@ -55,9 +55,8 @@ def fuses_attention(config, backend):
 
 # --- Blocks -----------------------------------------------------------------------------
 
-def repeat_straight(step, x, layers):
-    """One program, block after block. A loop would stack what the backward pass is to have."""
-    return plain.repeat(step, x, layers, unroll=len(jax.tree.leaves(layers)[0]))
+# One program, block after block. A loop would stack what the backward pass is to have.
+repeat_straight = partial(plain.repeat, unroll=True)
 
 
 def repeat_checkpointed(step, x, layers, keep):

@@ -126,7 +126,7 @@ def standardise(x, centred):
 
 
 def repeat(step, x, layers, unroll=1):
-    """The blocks one after the other, as a loop that has `unroll` of them in each turn."""
+    """The blocks one after the other, as a loop; `unroll`: that many in each turn, True: all."""
     return jax.lax.scan(lambda x, layer: (step(x, layer), None), x, layers, unroll=unroll)[0]
 
 
