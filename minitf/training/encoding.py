@@ -32,11 +32,12 @@ def find_files(names):
     for name in split_names(names):
         path = Path(name)
         if path.is_dir():
-            found = once(sorted(files_in(path)))
+            found = once(files_in(path))
+        elif path.exists():
+            found = [path]
         else:
-            found = [path] if path.exists() else \
-                once(sorted(each for each in map(Path, matches(name))
-                            if each.exists() and not each.is_dir()))
+            found = once(each for each in map(Path, matches(name))
+                         if each.exists() and not each.is_dir())
         require(found,
                 f"no text found at {name}: it must name a file, a folder with files or a glob")
         paths += found
@@ -87,11 +88,9 @@ def matches(pattern):
 
 
 def once(paths):
-    """The paths without those that lead to the same place as an earlier one."""
-    first = {}
-    for path in paths:
-        first.setdefault(os.path.realpath(path), path)
-    return list(first.values())
+    """The paths, sorted, without those that lead to the same place as an earlier one."""
+    first = {os.path.realpath(path): path for path in sorted(paths, reverse=True)}
+    return sorted(first.values())
 
 
 class NotText(ValueError):
