@@ -81,7 +81,7 @@ def arguments(flags):
 def drawn(flags, number):
     """Flags with the number-th multiples, log-uniform, of their own rates; 0: as they are."""
     settings, changed = resolve(**flags), dict(flags)
-    values = vars(settings.model) | vars(settings.training)
+    values = settings.values
     random = np.random.default_rng(number)
     for name, factor in FACTORS.items() if number else ():
         times = factor ** random.uniform(-1, 1)

@@ -283,6 +283,11 @@ class Settings:
     training: TrainingConfig
     data: DataConfig
 
+    @property
+    def values(self):
+        """{name: value} of the preset and of all fields."""
+        return vars(self.model) | vars(self.training) | vars(self.data) | {"preset": self.preset}
+
     def replace(self, **flags):
         """Settings with other flags. Every default is made anew, none is kept from before.
 
@@ -360,9 +365,8 @@ def untuned(preset, flags):
     optimizer = flags.get("optimizer", PRESETS[preset]["optimizer"])
     if not PRESETS[preset]["rates"][optimizer].tuned:
         return f"note: preset {preset} was not tuned with {optimizer}, and may diverge in long runs"
-    settings = resolve(preset, **{name: flags[name] for name in ("heads", "width")
-                                  if name in flags})
-    usual = {**vars(settings.model), **vars(settings.training)}
+    sizes = {name: flags[name] for name in ("heads", "width") if name in flags}
+    usual = resolve(preset, **sizes).values
     others = [f"{name} {flags[name]}" for name in TUNED_FOR
               if name in flags and flags[name] != usual[name]]
     if others:

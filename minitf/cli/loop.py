@@ -4,12 +4,11 @@ import shlex
 import signal
 import sys
 import time
-from dataclasses import asdict, fields
 from functools import partial
 
 import jax
 
-from ..config import FIELDS, ModelConfig, Sampling
+from ..config import Sampling
 from ..errors import require
 from ..network.init import init
 from ..theory.kernels import attention_constants
@@ -35,9 +34,7 @@ def train(settings, out, mesh, trained=None, log_to=None):
     if sharding.first():
         host.require_new(out)
     corpus, settings = read_corpus(settings, trained and trained.encoding)
-    digest = None
-    if trained and jax.process_count() > 1:
-        digest = checkpoints.checksum(training.named_leaves(trained.params))
+    digest = trained and checkpoints.checksum(training.named_leaves(trained.params))
     sharding.require_same("flags and data", f"{settings} {corpus.digest} {digest}")
     model, vocabulary = settings.model, encodings.vocabulary(corpus.encoding)
     host.require_memory(settings, vocabulary)
@@ -59,17 +56,15 @@ def train(settings, out, mesh, trained=None, log_to=None):
 
 def with_network_of(settings, flags):
     """Flags of a new run with a trained run's network; ValueError for flags of another one."""
-    own = {each.name for each in fields(ModelConfig)} - {"dtype", "remat"}
-    free = {each.name for each in FIELDS} - own - {"encoding"}
-    refuse_others(flags, free, "cannot be given with --init-from: network and encoding are that "
-                  "run's")
-    network = {name: value for name, value in asdict(settings.model).items() if name in own}
-    return dict(preset=settings.preset) | network | flags
+    own = vars(settings.model).keys() - {"dtype", "remat"}
+    refuse_others(flags, settings.values.keys() - own - {"encoding", "preset"}, "cannot be given "
+                  "with --init-from: network and encoding are that run's")
+    return {name: value for name, value in settings.values.items()
+            if name in (*own, "preset")} | flags
 
 
 def resume(folder, flags, mesh, log_to=None):
     """Goes on with the run in a folder from its newest usable checkpoint, as if never stopped."""
-    require(folder.is_dir(), f"{folder} is not a folder")
     require(checkpoints.checkpoints(folder), f"{folder} has no checkpoint")
     out = folder if sharding.first() else host.aside()
     with checkpoints.lock(out):
@@ -82,7 +77,8 @@ def go_on(folder, out, flags, mesh, log_to):
     sharding.require_same("the newest checkpoint", f"{state.step} {state.settings}")
     for path, problem in unusable:
         print(f"run.py: {problem}; falling back to the one of step {state.step}", file=sys.stderr)
-    changed = changes(state.settings, flags)
+    new, old = state.settings.replace(**flags).values, state.settings.values
+    changed = {name: value for name, value in flags.items() if new[name] != old[name]}
     refuse_others(changed, MAY_CHANGE, f"cannot change on resuming; {', '.join(MAY_CHANGE)} can")
     if changed:                                                   # defaults are then made anew
         require(state.settings.replace() == state.settings, f"{folder} was begun with other "
@@ -105,14 +101,6 @@ def go_on(folder, out, flags, mesh, log_to):
         params, opt_state = sharding.place((state.params, state.opt_state))
         state = state._replace(params=params, opt_state=opt_state)
         run_steps(state, corpus, attention_constants(state.settings.model), out, log_to)
-
-
-def changes(settings, flags):
-    """The flags that say something else than the settings: {name: value}."""
-    values = lambda given: {"preset": given.preset, **asdict(given.model), **asdict(given.training),
-                            **asdict(given.data)}
-    new, old = values(settings.replace(**flags)), values(settings)
-    return {name: value for name, value in flags.items() if new[name] != old[name]}
 
 
 def run_steps(state, corpus, constants, out, log_to):
