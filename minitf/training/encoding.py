@@ -1,6 +1,5 @@
 """Text and encodings: UTF-8 files to text, tiktoken encodings to and from arrays."""
 import base64
-import binascii
 import glob
 import os
 import re
@@ -158,7 +157,7 @@ def load_encoding(name):
         for line in path.read_bytes().splitlines():
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
-    except (ValueError, binascii.Error):
+    except ValueError:
         raise ValueError(f"{name} is not a rank file: each line must be a token in base64, "
                          "a space and its rank") from None
     require(sorted(ranks.values()) == list(range(len(ranks))),
