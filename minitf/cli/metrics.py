@@ -11,15 +11,14 @@ from ..errors import require
 
 
 def read(folder):
-    """The metrics of a run, a dict for each line; ValueError if the folder has none."""
+    """The metrics of a run, a dict for each line; ValueError if they are none."""
     try:
         text = (folder / "metrics.jsonl").read_text()
         lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
         require(all(type(line.get("step")) is int for line in lines), "its lines have no step")
         return lines
-    except (OSError, ValueError, AttributeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{folder}/metrics.jsonl cannot be read: {reason}") from None
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{folder}/metrics.jsonl cannot be read: {error}") from None
 
 
 def tensorboard(folder, settings):
