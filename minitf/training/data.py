@@ -34,8 +34,8 @@ class Corpus(NamedTuple):
     train_counts: np.ndarray                          # how often each token is there, (V,)
     validation_counts: np.ndarray
     digest: str                                       # of the training tokens, for resuming
-    held_out: str = ""                                # what the validation text is
-    verify: Callable = lambda: None                   # ValueError once it is known to be damaged
+    held_out: str                                     # what the validation text is
+    verify: Callable                                  # ValueError once it is known to be damaged
 
 
 def load(config, length, encoding=None):
@@ -49,9 +49,7 @@ def load(config, length, encoding=None):
     tokens, end, counts, encoding, checksum, held_out = read_tokens(
         names, encoding or config.encoding)
     long = checksum and tokens.nbytes > CHECKED
-    verify = lambda: None
-    if long:
-        verify = check_whole(os.path.expanduser(names), tokens, checksum, encoding.n_vocab)
+    verify = check_whole(names, tokens, checksum, encoding.n_vocab) if long else lambda: None
     validation, validation_counts = tokens[end:], counts[1]
     if val_data:
         end, counts, held_out = len(tokens), counts.sum(0)[None], "val-data"
