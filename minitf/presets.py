@@ -86,8 +86,7 @@ SUCCESSORS = {
     # No norms but of queries and keys (He et al. 2024, arXiv 2405.19279): branches of 0.2 at 18
     # blocks, as 1 / sqrt(L): here that of 36. The norm before the first attention and the last one
     # are left out.
-    "op": dict(
-        qk_norm=True, alpha=1.0, beta=0.14, norm="none", act="relu"),
+    "op": dict(qk_norm=True, alpha=1.0, beta=0.14, norm="none", act="relu"),
     # No skips, layer norm, their initialisation (Ji et al. 2025, arXiv 2510.00345), here causal.
     # They train it by SOAP; here by Muon, or AdamW.
     "cutting-the-skip": dict(

@@ -221,7 +221,7 @@ def add_settings(parser):
     groups["method"].add_argument("--preset", default=argparse.SUPPRESS, metavar="|".join(PRESETS),
                                   help="a whole network with its rates (default: isometric)")
     listed = {each.name: each for each in (*fields(Sampling), *FIELDS)}    # seed serves both
-    for each in sorted(listed.values(), key=lambda each: SECTIONS.index(each.metadata["group"])):
+    for each in listed.values():
         groups[each.metadata["group"]].add_argument(
             "--" + each.name.replace("_", "-"), default=argparse.SUPPRESS,
             help=each.metadata["text"].replace("%", "%%"), **how_to_parse(each))

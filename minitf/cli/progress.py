@@ -75,7 +75,6 @@ class Progress(AbstractContextManager):
         self.seconds, self.compiled = None, False          # of a step, smoothed
         self.rest()
 
-
     def __exit__(self, *_):
         self.end_line()
 
@@ -111,7 +110,6 @@ class Progress(AbstractContextManager):
         if self.width:
             print()
             self.width = 0
-
 
     def write(self, text):
         if not self.terminal:
