@@ -22,7 +22,7 @@ STOPPING = "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"               # a closed ter
 
 
 def require_memory(settings, vocabulary):
-    """ValueError if what a step needs at the least exceeds the machine's memory.
+    """ValueError if what a step needs at the least exceeds the devices' or the machine's memory.
 
     Parameters and their moments, dense biases, a batch's logits and activations.
     """
@@ -34,16 +34,11 @@ def require_memory(settings, vocabulary):
     biases = model.all_heads if model.extra_heads else len(set(model.gamma))
     numbers += depth * length**2 * dense * biases
     numbers += batch * length * (vocabulary + d * depth)
-    memory = available_memory()
-    require(4 * numbers < memory, f"this needs {4 * numbers / 2**30:,.0f} GiB of memory at the "
-            f"least, there are {memory / 2**30:.0f}: a smaller depth, width, length or batch is "
-            "needed")
-
-
-def available_memory():
-    """Bytes of all devices used, or of this machine."""
     device = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    return device * jax.device_count() if device else memory()
+    there = device * jax.device_count() if device else memory()
+    require(4 * numbers < there, f"this needs {4 * numbers / 2**30:,.0f} GiB of memory at the "
+            f"least, there are {there / 2**30:.0f}: a smaller depth, width, length or batch is "
+            "needed")
 
 
 def memory():

@@ -127,7 +127,6 @@ def run_steps(state, corpus, constants, out, log_to):
                 model, how.optimizer, how.accumulate, step)
             late = sharding.first() and not asked and time.monotonic() - saved_at > SAVE_SECONDS
             told, asked = int(asked), sharding.largest(STOP if stop else int(late))
-            stopping = told == STOP
             if pending:
                 last = record(*pending, last)
             pending, done = (step + 1, values), step + 1
@@ -143,22 +142,16 @@ def run_steps(state, corpus, constants, out, log_to):
                 state = checkpoints.Checkpoint(done, settings, encoding, digest, params, opt_state)
                 save(out, metrics, state, watch.best)
                 saved_at = time.monotonic()
-            if stopping and done < how.steps:
-                leave(progress, done, how.steps, out, stop)
-            if saving:
                 progress.rest()
+            if told == STOP and done < how.steps:
+                say_last(progress, f"stopped and saved after step {done} of {how.steps}; to go on: "
+                         f"python run.py --resume {shlex.quote(str(out))}")
+                sys.exit(128 + (stop or [signal.SIGTERM])[0])     # the first of its own signals
     print(f"\n{said}, after {how.steps} steps, {time.perf_counter() - started:.0f} s; {out}")
     if model.objective == "clm":
         print("\nA sample, from a beginning in the validation text:\n")
         prompt = corpus.validation[:min(16, model.length // 2)].tolist()
         show_sample(checkpoints.Model(model, params, constants, encoding), prompt, Sampling())
-
-
-def leave(progress, done, steps, out, stop):
-    """Ends a run that was told to stop, by the first of the signals if this process had one."""
-    say_last(progress, f"stopped and saved after step {done} of {steps}; to go on: "
-             f"python run.py --resume {shlex.quote(str(out))}")
-    sys.exit(128 + (stop or [signal.SIGTERM])[0])
 
 
 def begin_watch(settings, params, constants, corpus, start, out, metrics, progress):
