@@ -76,9 +76,8 @@ class ModelConfig(Checked):
     objective: str = flag("method", "what is predicted: the next token (clm), or 15 % of the "
                           "tokens, masked, from both sides (mlm; default: clm)", "clm", "mlm")
     gamma: tuple = flag("method", "espa: decay of the last kernel, gamma_L, one number or one for "
-                        "each head, as 0.1,0.1,0.02 (default: 25.6 / length, at most 0.8; from "
-                        "256 to 1,024 tokens a fifth of it for a quarter of the heads)",
-                        above=0, high=100)
+                        "each head, as 0.1,0.1,0.02 (default: 25.6 / length, at most 0.8; from 256 "
+                        "to 1,024 tokens a fifth for a quarter of the heads)", above=0, high=100)
     rho: float = flag("method", "uspa: correlation of the last kernel, rho_L (default: 0.8)",
                       above=0, below=1)
     rho_first: float = flag("method", "uspa: that of the first kernel, rho_0 (default: the chance "
@@ -103,13 +102,11 @@ class ModelConfig(Checked):
                             "attention: B = 0, D = i / (i + 1), W^O zero at the start (default: "
                             "the preset's, or 0)", default=0, low=0, high=10_000)
     mlp_ratio: float = flag("additions", "hidden features of the MLPs over the width (default: 4, "
-                            "less what extra heads take: as many parameters)", default=4.0,
-                            low=2, high=1000)
-    init: str = flag("additions", "initialisation of W^V and W^O", "orthogonal", "gaussian",
-                     "orthogonal-3")
-    mlp_init: str = flag("additions", "initialisation of the MLPs; orthogonal is the paper's",
+                            "less what extra heads take)", default=4.0, low=2, high=1000)
+    init: str = flag("additions", "initial W^V and W^O", "orthogonal", "gaussian", "orthogonal-3")
+    mlp_init: str = flag("additions", "initial MLPs; orthogonal is the paper's",
                          "looks_linear", "orthogonal", "gaussian")
-    head_init: str = flag("additions", "initialisation of the head", "zero", "gaussian")
+    head_init: str = flag("additions", "initial head", "zero", "gaussian")
     token_collision_rate: float = flag("additions", "chance that two tokens are equal (default: "
                                        "that of the training tokens)", low=0, high=1)
     query_init: str = flag("successors", "initialisation of W^Q and W^K (default: W^Q zero, but "
@@ -122,9 +119,8 @@ class ModelConfig(Checked):
                                  "those that are 0")
     parallel: bool = flag("successors", "attention and MLP read the same input, their outputs are "
                           "added; without skips")
-    dtype: str = flag("training", "arithmetic (default: bfloat16 on a TPU or an "
-                      "NVIDIA GPU of compute capability 8.0 or more, else float32)",
-                      "float32", "bfloat16")
+    dtype: str = flag("training", "arithmetic (default: bfloat16 on TPUs and NVIDIA GPUs of "
+                      "compute capability 8.0 or more, else float32)", "float32", "bfloat16")
     remat: bool = flag("training", "of each block keep its input alone for the backward pass: "
                        "less memory, more time (default: attention's output too; on a GPU up to "
                        "48 blocks everything)")
@@ -154,13 +150,11 @@ class ModelConfig(Checked):
         require(self.width % self.heads == 0,
                 f"width must be a multiple of heads: {self.width} is not one of {self.heads}")
         require(len(self.gamma) == self.heads,
-                f"gamma must be one number or one for each of {self.heads} heads, "
-                f"not {len(self.gamma)}")
+                f"gamma must be one number or {self.heads}, one a head, not {len(self.gamma)}")
         require(self.position != "rope" or self.features % 2 == 0,
                 f"rope needs an even number of features a head, not {self.features}")
         require(abs(self.mlp_ratio * self.width - self.hidden) < 1e-6 and self.hidden % 2 == 0,
-                "mlp-ratio times width must be an even integer, not "
-                f"{self.mlp_ratio * self.width:.9g}")
+                f"mlp-ratio times width must be even, not {self.mlp_ratio * self.width:.9g}")
         require(not self.identity_skip or self.attn == "espa" and self.alpha == 0,
                 "identity-skip needs attn espa and alpha 0")
         exactly = self.transform != "none"
@@ -176,8 +170,7 @@ class ModelConfig(Checked):
         family, both_sides = FAMILIES[self.attn], self.objective == "mlm"
         prescribed = family.row_sums is not None
         require(not prescribed or self.norm not in NOT_NORMS,
-                f"attn {self.attn} needs norm none, layer or rms, not {self.norm}; preset preln "
-                "takes it")
+                f"attn {self.attn} needs norm none, layer or rms, not {self.norm}")
         require(not prescribed or not self.parallel, f"parallel does not go with attn {self.attn}")
         require(not self.parallel or self.alpha == self.mlp_alpha == 0,
                 "parallel needs alpha 0 and mlp-alpha 0")
@@ -188,8 +181,7 @@ class ModelConfig(Checked):
         require(self.init not in INIT_SCALES or self.norm in ("layer", "rms"),
                 f"init {self.init} needs norm layer or rms, not {self.norm}")
         require(not self.extra_heads or not self.identity_values and not family.parameters,
-                "extra-heads go neither with identity-values, where there is no W^O, nor with "
-                "attn vskip or shaped")
+                "extra-heads go neither with identity-values nor with attn vskip or shaped")
         require(not self.identity_skip or not (self.identity_values or self.trained_weights),
                 "identity-skip goes neither with identity-values nor with trained-weights")
         require(not both_sides or not self.identity_skip and not family.centred,
@@ -205,14 +197,12 @@ class TrainingConfig(Checked):
     batch: int = flag("training", "sequences a step (default: 16)", low=1)
     accumulate: int = flag("training", "parts that a step's batch is computed in, one after the "
                            "other: less memory (default: 1)", low=1)
-    seed: int = flag("training", "of initialisation and order of the data (default: 0)",
-                     low=0, high=2**31 - 1)
+    seed: int = flag("training", "of all that is drawn (default: 0)", low=0, high=2**31 - 1)
     optimizer: str = flag("training", "optimizer", "muon", "adamw")
     learning_rate: float = flag("training", "peak learning rate (default: the preset's, for width, "
                                 "depth and steps)", above=0)
     warmup: int = flag("training", "steps of linear warm-up (default: a twentieth)", low=0)
-    save_every: int = flag("training", "steps between checkpoints (default: a fifth of the steps)",
-                           low=1)
+    save_every: int = flag("training", "steps between checkpoints (default: a fifth)", low=1)
     lr_mult_embed: float = flag("additions", "times the learning rate: embeddings, positions, "
                                 "final gain and head", above=0)
     lr_mult_qk: float = flag("additions", "times the learning rate: queries and keys", above=0)
@@ -262,8 +252,7 @@ class DataConfig(Checked):
 @dataclass(frozen=True, kw_only=True)
 class Sampling(Checked):
     """How text is drawn from a trained model."""
-    prompt: str = flag("data", "--sample: what the text begins with (default: a line break)",
-                       default="\n")
+    prompt: str = flag("data", "--sample: its beginning (default: a line break)", default="\n")
     tokens: int = flag("data", "--sample: how many to draw (default: 120)", default=120, low=1)
     temperature: float = flag("data", "--sample: divides the logits; 0: always the likeliest "
                               "(default: 0.8)", default=0.8, low=0)
@@ -315,8 +304,7 @@ def resolve(preset: str = "isometric", collision_rate: float = 0.0, backend: str
     for name, value in flags.items():
         check(look_up(known, name, "setting"), value)
     if "alpha" in flags and "beta" not in flags:
-        require(flags["alpha"] < 1,
-                f"alpha must be below 1 when beta is left to it, not {flags['alpha']:g}")
+        require(flags["alpha"] < 1, f"alpha without beta must be below 1, not {flags['alpha']:g}")
         carried = carried | dict(beta=sqrt(1 - flags["alpha"]**2))
     values = DEFAULTS | carried | flags
 

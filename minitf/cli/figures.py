@@ -72,8 +72,7 @@ def attention(settings, path):
     settings = settings.replace(identity_skip=False)          # which has c of A beside attention
     config, shown = settings.model, min(settings.model.length, SHOWN)
     constants, attends = attention_constants(config), family(config)
-    require(attends.row_sums,
-            f"A of attn {config.attn} is not prescribed: there is nothing to draw")
+    require(attends.row_sums, f"A of attn {config.attn} is not prescribed: it cannot be drawn")
     positions = np.arange(shown)
     heads = (0, config.heads - 1) if len(set(config.gamma)) > 1 else (0,)    # else all are alike
     picture, panels = figure((13, 3.6 * len(heads)), len(heads), 4, squeeze=False)

@@ -37,8 +37,7 @@ def require_memory(settings, vocabulary):
     device = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     there = device * jax.device_count() if device else memory()
     require(4 * numbers < there, f"this needs {4 * numbers / 2**30:,.0f} GiB of memory at the "
-            f"least, there are {there / 2**30:.0f}: a smaller depth, width, length or batch is "
-            "needed")
+            f"least, there are {there / 2**30:.0f}: depth, width, length or batch must be smaller")
 
 
 def memory():

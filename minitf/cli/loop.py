@@ -56,11 +56,10 @@ def train(settings, out, mesh, trained=None, log_to=None):
 
 def with_network_of(settings, flags):
     """Flags of a new run with a trained run's network; ValueError for flags of another one."""
-    own = vars(settings.model).keys() - {"dtype", "remat"}
-    refuse_others(flags, settings.values.keys() - own - {"encoding", "preset"}, "cannot be given "
-                  "with --init-from: network and encoding are that run's")
-    return {name: value for name, value in settings.values.items()
-            if name in (*own, "preset")} | flags
+    own = {"preset", *vars(settings.model)} - {"dtype", "remat"}
+    refuse_others(flags, settings.values.keys() - own - {"encoding"},
+                  "cannot be given with --init-from: network and encoding are that run's")
+    return {name: value for name, value in settings.values.items() if name in own} | flags
 
 
 def resume(folder, flags, mesh, log_to=None):
@@ -89,14 +88,12 @@ def go_on(folder, out, flags, mesh, log_to):
         if rate != before and "learning_rate" not in changed:
             print(f"note: with so many steps the learning rate is {rate:.3g}, not {before:.3g}")
     steps = state.settings.training.steps
-    require(steps > state.step, f"{folder} is trained: {state.step} of {steps} steps; "
-            "more --steps would go on")
+    require(steps > state.step, f"{folder} is trained, {state.step} steps: more --steps would go on")
     for path, _ in unusable if sharding.first() else ():          # kept for whoever wants to know
         path.rename(path.with_suffix(".unusable"))
     checkpoints.rewind(out / "metrics.jsonl", state.step)
     corpus = data.load(state.settings.data, state.settings.model.length, state.encoding)
-    require(corpus.digest == state.digest,
-            "data is not what the run was trained on: its tokens must be the same")
+    require(corpus.digest == state.digest, "data has other tokens than the run was trained on")
     with sharding.use(mesh, state.settings):
         params, opt_state = sharding.place((state.params, state.opt_state))
         state = state._replace(params=params, opt_state=opt_state)
@@ -182,12 +179,11 @@ def record_step(metrics, progress, watch, how, step, values, last):
         progress.show(line)
         progress.note(watch.gradient(line, values["grad_norms"]))
         return step, values
-    suspect = last if last and not math.isfinite(line["loss"]) else (step, values)
-    name, norm = training.largest_gradient(suspect[1]["grad_norms"])
+    at, found = last if last and not math.isfinite(line["loss"]) else (step, values)
+    name, norm = training.largest_gradient(found["grad_norms"])
     cause = watch.help() if step > 1 else "no step was taken: it is not the learning rate"
     say_last(progress, f"loss is {line['loss']:.3g}, gradient norm {line['grad_norm']:.3g} at step "
-             f"{step}; the largest gradient at step {suspect[0]} is that of {name}, {norm:.3g}; "
-             f"{cause}")
+             f"{step}; the largest gradient at step {at} is that of {name}, {norm:.3g}; {cause}")
     sys.exit(1)
 
 

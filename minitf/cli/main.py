@@ -142,8 +142,7 @@ def start_processes(coordinator, process_id, processes):
     alone = coordinator in (None, "auto")
     require((process_id is None) == (processes is None) == alone
             and (alone or re.fullmatch(r".+:\d+", coordinator)),
-            "coordinator HOST:PORT, process-id and processes go together; coordinator auto stands "
-            "alone")
+            "coordinator HOST:PORT, process-id and processes go together; auto stands alone")
     if coordinator:
         sharding.start(coordinator, process_id, processes)
 
@@ -186,8 +185,7 @@ def make_parser():
                        "DIR of a new network, beside the prediction")
     where.add_argument("--export", nargs=2, type=Path, metavar=("DIR", "FILE"),
                        help="a run's weights as FILE.safetensors")
-    where.add_argument("--curves", nargs="+", type=Path, metavar="DIR",
-                       help="draw the losses of runs into --plot")
+    where.add_argument("--curves", nargs="+", type=Path, metavar="DIR", help="draw runs' losses")
     where.add_argument("--figure", choices=figures.FIGURES, metavar="NAME",
                        help=f"draw, of networks at their start, {', '.join(figures.FIGURES)}")
     parser.add_argument("--plot", type=Path, metavar="FILE.png",

@@ -251,8 +251,7 @@ def read(path):
 def restore(arrays):
     """The Checkpoint that arrays make up; ValueError, TypeError or KeyError where they do not."""
     meta = json.loads(arrays["meta"].tobytes())
-    require(meta["format"] == FORMAT,
-            f"its format is {meta['format']!r}, this version of minitf reads {FORMAT}")
+    require(meta["format"] == FORMAT, f"its format is {meta['format']!r}, known is {FORMAT}")
     require(type(meta["step"]) is int and meta["step"] >= 0, f"its step is {meta['step']!r}")
     settings, encoding = restore_settings(meta["settings"]), unpack_encoding(arrays, meta)
     params = jax.eval_shape(lambda: init(jax.random.key(0), settings.model, vocabulary(encoding)))

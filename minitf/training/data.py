@@ -55,13 +55,11 @@ def load(config, length, encoding=None):
         end, counts, held_out = len(tokens), counts.sum(0)[None], "val-data"
         validation, _, validation_counts, *_ = read_tokens(val_data, encoding, whole=True)
         validation_counts = validation_counts.sum(0)
-    require(np.count_nonzero(counts.sum(0)) > 1,
-            "data is one token again and again: there is nothing to learn")
-    require(end > length,
-            f"data is too short: {end} tokens to train on, but more than {length} are needed")
+    require(np.count_nonzero(counts.sum(0)) > 1, "data is one token again and again")
+    require(end > length, f"data is too short: {end} tokens to train on, needed are {length + 1}")
     require(len(validation) > length,
-            f"{'val_data' if val_data else 'data'} is too short: {len(validation)} of "
-            f"{len(tokens)} tokens are for validation, but more than {length} are needed")
+            f"{'val_data' if val_data else 'data'} is too short: {len(validation)} tokens are for "
+            f"validation, needed are {length + 1}")
     digest = f"{checksum} {end}" if checksum else \
         hashlib.sha256(tokens[:end].astype("<u4").tobytes()).hexdigest()
     return Corpus(encoding, tokens[:end], validation, counts[0], validation_counts, digest,
@@ -154,8 +152,7 @@ def read_prepared(folder, manifest, encoding):
         found = hashlib.sha256(tokens).hexdigest() if whole else sample_checksum(tokens)
         require(found == files["tokens.bin"]["sha256" if whole else "sample"],
                 "tokens.bin is not what was written")
-        require(not (whole and foreign(tokens, own.n_vocab)),
-                "tokens.bin has tokens that its encoding lacks")
+        require(not (whole and foreign(tokens, own.n_vocab)), "its encoding lacks some tokens")
         end, checksum = int(counts[0].sum()), files["tokens.bin"]["sha256"]
         require(counts.shape == (2, own.n_vocab) and counts.sum() == len(tokens),
                 "its counts are not those of its tokens")
@@ -264,8 +261,7 @@ def every_window(tokens, length, size):
 
     Yields (size, length + 1) of int32 and (size, length) of bool; the last ones are padded.
     """
-    require(len(tokens) > 1,
-            f"at least two tokens are needed, to predict one from the other, not {len(tokens)}")
+    require(len(tokens) > 1, f"at least two tokens are needed, not {len(tokens)}")
     index = np.arange(size)[:, None] * length + np.arange(length + 1)
     for start in range(0, len(tokens) - 1, size * length):
         piece = tokens[start:start + size * length + 1].astype(np.int32)

@@ -37,8 +37,7 @@ def find_files(names):
         else:
             found = once(each for each in map(Path, matches(name))
                          if each.exists() and not each.is_dir())
-        require(found,
-                f"no text found at {name}: it must name a file, a folder with files or a glob")
+        require(found, f"no text found at {name}: it must name a file, a folder of files or a glob")
         paths += found
     require(paths, "data must name at least one file, folder or glob")
     return paths
@@ -168,8 +167,7 @@ def load_encoding(name):
 def make_encoding(name, ranks, pattern, special_tokens):
     """A tiktoken.Encoding; ValueError unless it can encode any text."""
     every, wrong = [*ranks.values(), *special_tokens.values()], f"{name} is not an encoding: "
-    require(all(bytes([byte]) in ranks for byte in range(256)),
-            wrong + "it lacks some single bytes")
+    require(all(bytes([byte]) in ranks for byte in range(256)), wrong + "it lacks single bytes")
     require(all(ranks) and len(set(every)) == len(every) and min(every) >= 0,
             wrong + "tokens must not be empty, nor ranks shared or negative")
     require(regex.match(pattern, "") is None, wrong + "its pattern splits text into nothing")
