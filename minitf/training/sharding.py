@@ -107,10 +107,6 @@ def use(text, settings):
                                       devices=jax.devices()[:used]))
 
 
-def in_use():
-    return not get_abstract_mesh().empty
-
-
 def largest(number):
     """The largest of what the processes say: an array, to be read when it is there."""
     if jax.process_count() == 1:
@@ -139,7 +135,7 @@ def specs(tree):
 
 def place(tree):
     """Arrays that each host has whole, on the devices, as RULES say."""
-    if not in_use():
+    if devices() == 1:
         return jax.tree.map(jnp.array, tree)
     return jax.tree.map(lambda leaf, spec: from_rows(leaf.shape, spec, leaf.__getitem__),
                         jax.tree.map(np.asarray, tree), specs(tree))
@@ -161,7 +157,7 @@ def fetch(leaf):
 def make(function, *arguments):
     """function(*arguments), a tree that is made where RULES want it."""
     shardings = None
-    if in_use():
+    if devices() > 1:
         shardings = jax.tree.map(partial(NamedSharding, jax.sharding.get_mesh()),
                                  specs(jax.eval_shape(function, *arguments)))
     # It runs once: on a CPU half the time to compile, and the same bits.
@@ -171,7 +167,7 @@ def make(function, *arguments):
 
 def batch(read, sequences, length):
     """A batch (B, T + 1) on the devices: read(rows) -> those of its rows that are needed here."""
-    if not in_use():
+    if devices() == 1:
         return read(slice(None))
     return from_rows((sequences, length + 1), BATCH, lambda index: read(index[0])[:, index[1]])
 
@@ -180,7 +176,7 @@ def batch(read, sequences, length):
 
 def constrain(tree, spec=None):
     """A tree as `spec` says, or each leaf as RULES do."""
-    if not in_use():
+    if devices() == 1:
         return tree
     wanted = specs(tree) if spec is None else jax.tree.map(lambda _: spec, tree)
     return jax.tree.map(jax.lax.with_sharding_constraint, tree, wanted)
@@ -204,7 +200,7 @@ def by_matrix(tree, back=False):
 
 def distribute(ops):
     """Operations for the mesh in use: attention and loss by shards, weights gathered when due."""
-    if not in_use():
+    if devices() == 1:
         return ops
 
     def attend(qkv, constants, config):
