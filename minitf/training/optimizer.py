@@ -32,11 +32,11 @@ def make_optimizer(name, dtype="float32"):
     dtype: of Muon's matrix products; states and everything else are float32.
     update() is also given rates, those of `group_rates`, and learning_rate, that of the step.
     """
-    moments, of_matrices = OPTIMIZERS[name]
-    steps = [of_matrices(dtype)] if of_matrices else []
-    steps += [scale_by_group(), hold_linear_path()]
-    return optax.chain(optax.clip_by_global_norm(1.0), moments(),
-                       spread(optax.chain(*steps), of_matrices is not None), hold_rows())
+    muon = name == "muon"
+    moments = muon_moments() if muon else optax.adam(1.0, b2=0.95)
+    of_matrices = orthogonal_updates(dtype) if muon else optax.identity()
+    by_group = optax.chain(of_matrices, scale_by_group(), hold_linear_path())
+    return optax.chain(optax.clip_by_global_norm(1.0), moments, spread(by_group, muon), hold_rows())
 
 
 def group_rates(training, model):
@@ -109,11 +109,6 @@ def orthogonal_updates(dtype):
         is_matrix = GROUPS.get(name) in MATRIX_GROUPS
         return 0.2 * max(u.shape[1:]) ** 0.5 * newton_schulz(u, dtype) if is_matrix else u
     return optax.stateless(lambda updates, params: by_name(of_leaf, updates))
-
-
-# What has moments, and what is then made of whole matrices, of a dtype.
-OPTIMIZERS = {"muon": (muon_moments, orthogonal_updates),
-              "adamw": (lambda: optax.adam(1.0, b2=0.95), None)}
 
 
 def newton_schulz(x, dtype):
