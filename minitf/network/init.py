@@ -51,8 +51,8 @@ def init(key: jax.Array, config, vocabulary: int) -> dict:
         "head": head if config.head_init == "gaussian" else jnp.zeros_like(head),
     }
     if config.norm != "none":
-        blocks["norm1"], blocks["norm2"] = (NORM_STARTS[config.norm](depth, d) for _ in range(2))
-        params["norm"] = NORM_STARTS[config.norm](d)
+        blocks["norm1"], blocks["norm2"] = (NORM_STARTS[config.norm]((depth, d)) for _ in range(2))
+        params["norm"] = NORM_STARTS[config.norm]((d,))
     if config.position == "learned":
         params["position"] = jax.random.normal(keys["position"], (config.length, d))
     return jax.tree.map(jnp.float32, params)      # weak types would compile each program twice
@@ -80,13 +80,11 @@ def path_sizes(config):
     return {"vo": branch_scale(config) * vo, "mlp": branch_scale(config) * mlp}
 
 
-# What is trained of a norm, of one or (L, ...) of all blocks.
+# What is trained of a norm, of a shape (d,), or (L, d) of all blocks.
 NORM_STARTS = {
-    "layer": lambda *shape: jnp.ones(shape),
-    "rms": lambda *shape: jnp.ones(shape),
-    "dyt": lambda *shape: {"gain": jnp.ones(shape), "slope": jnp.full((*shape[:-1], 1), 0.5)},
-    "derf": lambda *shape: {"gain": jnp.ones(shape), "slope": jnp.full((*shape[:-1], 1), 0.5),
-                            "shift": jnp.zeros((*shape[:-1], 1))},
+    "layer": jnp.ones, "rms": jnp.ones,
+    "dyt": lambda shape: {"gain": jnp.ones(shape), "slope": jnp.full((*shape[:-1], 1), 0.5)},
+    "derf": lambda shape: NORM_STARTS["dyt"](shape) | {"shift": jnp.zeros((*shape[:-1], 1))},
 }
 
 
