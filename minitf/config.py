@@ -30,17 +30,16 @@ def kind(each):
 
 def check(each, value):
     """ValueError unless a value is of a field's type and within its limits."""
-    name, limits = each.name, each.metadata
+    name, limits, of = each.name, each.metadata, kind(each)
     if value is None and type(None) in get_args(each.type):
         return
-    if kind(each) in (int, float, tuple):
-        parts = value if kind(each) is tuple and isinstance(value, (tuple, list)) else [value]
+    if of in (int, float, tuple):
+        parts = value if of is tuple and isinstance(value, (tuple, list)) else [value]
         require(parts, f"{name} must be one number or more, not none")
         for part in parts:
-            check_number(name, limits, int if kind(each) is int else float, part)
+            check_number(name, limits, int if of is int else float, part)
     else:
-        require(isinstance(value, kind(each)),
-                f"{name} must be of type {kind(each).__name__}, not {value!r}")
+        require(isinstance(value, of), f"{name} must be of type {of.__name__}, not {value!r}")
         if limits["choices"]:
             require_one_of(limits["choices"], value, name)
 
@@ -317,14 +316,12 @@ def resolve(preset: str = "isometric", collision_rate: float = 0.0, backend: str
         dtype="bfloat16" if backend in ("gpu", "tpu") else "float32",
         **rates._asdict(),
         query_init=look_up(FAMILIES, values["attn"], "attn").query_init,
-        mlp_alpha=values["alpha"],
-        mlp_beta=values["beta"],
+        mlp_alpha=values["alpha"], mlp_beta=values["beta"],
         extra_heads=max(values["heads"] // 2, 1) if values["half_extra"] else 0,
         pull_groups=",".join(
             ["vo"] * (not values["identity_skip"] and not values["identity_values"])
             + ["mlp"] * (values["mlp_init"] == "looks_linear")),
-        warmup=values["steps"] // 20,
-        save_every=max(values["steps"] // 5, 1)) | values
+        warmup=values["steps"] // 20, save_every=max(values["steps"] // 5, 1)) | values
     # As many parameters with extra heads, 4 d k each, as without: 2 k hidden features less.
     values.setdefault("mlp_ratio", max(4 - 2 * values["extra_heads"] / values["heads"], 2.0))
     values.setdefault("rho_first", min(values["token_collision_rate"], 0.999))
