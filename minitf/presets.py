@@ -26,19 +26,17 @@ PRESETS = {
         attn="espa", alpha=0.0, beta=1.0, norm="none", act="gelu", transform="none",
         init="orthogonal", mlp_init="looks_linear", head_init="zero",
         optimizer="muon", lr_mult_path=0.1, orthogonal_pull=0.2, weight_decay=0.1,
-        unit_embeddings=True,
+        unit_embeddings=True, rate_power=0.5,
         rates=dict(muon=Rates(6e-4, 128.0, 16.0, 8.0, "qk,vo"),
-                   adamw=Rates(1.5e-4, 1024.0, 16.0, 8.0)),
-        rate_power=0.5),
+                   adamw=Rates(1.5e-4, 1024.0, 16.0, 8.0))),
     # He et al. (ICLR 2023). Not known to us: their positions, head, schedule, batch, width, weight
     # decay and rates. 16 for embeddings and head is the best of a few multiples that we tried.
     "paper": dict(
         attn="espa", gamma=0.005, row_scale="row-sum",
         alpha=0.0, beta=1.0, norm="none", act="leaky_relu", transform="tat",
         init="orthogonal", mlp_init="orthogonal", head_init="zero",
-        optimizer="adamw",
-        rates=dict(muon=Rates(1e-3, 1.0, 1.0, 1.0), adamw=Rates(2e-4, 16.0, 1.0, 1.0)),
-        rate_power=0.5),
+        optimizer="adamw", rate_power=0.5,
+        rates=dict(muon=Rates(1e-3, 1.0, 1.0, 1.0), adamw=Rates(2e-4, 16.0, 1.0, 1.0))),
     # No norms, weighted skips (section 5 of the paper): alpha^2 + beta^2 = 1.
     "normless": dict(
         attn="espa", alpha=0.98, beta=sqrt(1 - 0.98**2), norm="none", act="relu", transform="none",
@@ -76,22 +74,19 @@ SUCCESSORS = {
     # The simplified block of that paper: no W^V, no W^O, no skip around attention, a trained weight
     # of the MLP of 0.1 at 18 blocks, as 1 / sqrt(L): here that of 36. W^V of the first block, which
     # they keep, is left out.
-    "sas": dict(
-        attn="shaped", identity_values=True, alpha=0.0, beta=1.0, mlp_alpha=1.0, mlp_beta=0.07,
-        trained_weights=True, norm="rms", act="relu"),
+    "sas": dict(attn="shaped", identity_values=True, alpha=0.0, beta=1.0, mlp_alpha=1.0,
+                mlp_beta=0.07, trained_weights=True, norm="rms", act="relu"),
     # The same with both sublayers side by side, and no skip at all. Each has a gain of its own.
-    "sas-p": dict(
-        attn="shaped", identity_values=True, parallel=True, alpha=0.0, beta=1.0, mlp_beta=0.07,
-        trained_weights=True, norm="rms", act="relu"),
+    "sas-p": dict(attn="shaped", identity_values=True, parallel=True, alpha=0.0, beta=1.0,
+                  mlp_beta=0.07, trained_weights=True, norm="rms", act="relu"),
     # No norms but of queries and keys (He et al. 2024, arXiv 2405.19279): branches of 0.2 at 18
     # blocks, as 1 / sqrt(L): here that of 36. The norm before the first attention and the last one
     # are left out.
     "op": dict(qk_norm=True, alpha=1.0, beta=0.14, norm="none", act="relu"),
     # No skips, layer norm, their initialisation (Ji et al. 2025, arXiv 2510.00345), here causal.
     # They train it by SOAP; here by Muon, or AdamW.
-    "cutting-the-skip": dict(
-        alpha=0.0, beta=1.0, init="orthogonal-3", query_init="near-identity",
-        mlp_init="orthogonal", optimizer="muon"),
+    "cutting-the-skip": dict(alpha=0.0, beta=1.0, init="orthogonal-3", query_init="near-identity",
+                             mlp_init="orthogonal", optimizer="muon"),
 }
 PRESETS |= {name: PRESETS["preln"] | own for name, own in SUCCESSORS.items()}
 

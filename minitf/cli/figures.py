@@ -123,8 +123,7 @@ def jacobians(params, constants, x, config):
         whole = second @ first @ whole
         return (mlp(attend(x)), whole), (whole, first, second)
 
-    return jax.lax.scan(step, (x, jnp.eye(config.width)),
-                        model.layers(params, constants, config))[1]
+    return jax.lax.scan(step, (x, jnp.eye(x.shape[1])), model.layers(params, constants, config))[1]
 
 
 def of_last(sublayer, x):

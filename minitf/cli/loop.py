@@ -88,7 +88,7 @@ def go_on(folder, out, flags, mesh, log_to):
         if rate != before and "learning_rate" not in changed:
             print(f"note: with so many steps the learning rate is {rate:.3g}, not {before:.3g}")
     steps = state.settings.training.steps
-    require(steps > state.step, f"{folder} is trained, {state.step} steps: more --steps would go on")
+    require(steps > state.step, f"{folder} is trained, {state.step} steps: more --steps go on")
     for path, _ in unusable if sharding.first() else ():          # kept for whoever wants to know
         path.rename(path.with_suffix(".unusable"))
     checkpoints.rewind(out / "metrics.jsonl", state.step)

@@ -38,10 +38,8 @@ def operations(config, backend=None):
     keep = () if config.remat else ("attended",)
     return plain.REFERENCE._replace(
         attend=attend_fused if fused else plain.attend,
-        activate=activate,
-        normalise=normalise,
         repeat=repeat_straight if straight else partial(repeat_checkpointed, keep=keep),
-        cross_entropy=cross_entropy)
+        activate=activate, normalise=normalise, cross_entropy=cross_entropy)
 
 
 def fuses_attention(config, backend):

@@ -130,14 +130,11 @@ FAMILIES = {
         centred=True),
     "uspa": prescribed(
         lambda config: [spa.uniform_schedule(config.rho, config.depth, config.rho_first)],
-        spa.uniform_kernel,
-        spa.uniform_log_attention),
+        spa.uniform_kernel, spa.uniform_log_attention),
     "espa": prescribed(
         lambda config: [spa.exponential_schedule(gamma, config.depth) for gamma in config.gamma],
-        spa.exponential_kernel,
-        spa.exponential_log_attention,
-        matvec=spa.espa_matvec,
-        bias=spa.espa_bias,
+        spa.exponential_kernel, spa.exponential_log_attention,
+        matvec=spa.espa_matvec, bias=spa.espa_bias,
         bias_names=("slope", "first_key_bias", "self_bias"),
         bias_rows=lambda constants, queries, keys: (
             -constants["slope"][:, None, None] * (queries - keys)
