@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 
 from ..config import FIELDS, SECTIONS, Sampling, kind, resolve, untuned
-from ..errors import OutOfReach, Parser, require
+from ..errors import OutOfReach, Parser, look_up, require
 from ..network.fast import hardware
 from ..presets import PRESETS
 from ..theory.kernels import network_activation
@@ -109,7 +109,7 @@ def act(given):
         if note:
             print(note)
         if doing == "figure":
-            figures.FIGURES[given.figure](settings, given.plot)
+            look_up(figures.FIGURES, given.figure, "figure")(settings, given.plot)
         elif doing == "inspect":
             inspection.inspect(settings, given.plot)
         else:
@@ -186,8 +186,8 @@ def make_parser():
     where.add_argument("--export", nargs=2, type=Path, metavar=("DIR", "FILE"),
                        help="a run's weights as FILE.safetensors")
     where.add_argument("--curves", nargs="+", type=Path, metavar="DIR", help="draw runs' losses")
-    where.add_argument("--figure", choices=figures.FIGURES, metavar="NAME",
-                       help=f"draw, of networks at their start, {', '.join(figures.FIGURES)}")
+    where.add_argument("--figure", metavar="NAME", help="draw, of networks at their start, "
+                       f"{', '.join(figures.FIGURES)}")
     parser.add_argument("--plot", type=Path, metavar="FILE.png",
                         help="where to draw it, .png, .pdf or .svg; by matplotlib")
     parser.add_argument("--log-axes", action="store_true", help="--curves: steps and losses")
