@@ -20,10 +20,10 @@ def summary(lines, parts=PARTS):
     "validation": [[step, loss]]}; empty lists before the first step.
     """
     steps = [line for line in lines if "loss" in line]
-    each = np.array_split(np.arange(len(steps)), min(parts, len(steps)) or 1)
-    of_parts = lambda how, name: [float("%.4g" % how([steps[i][name] for i in part]))
-                                  for part in each if len(part)]
-    return dict(at=[steps[part[-1]]["step"] for part in each if len(part)],
+    each = np.array_split(steps, min(parts, len(steps))) if steps else []
+    of_parts = lambda how, name: [float("%.4g" % how([line[name] for line in part]))
+                                  for part in each]
+    return dict(at=[part[-1]["step"] for part in each],
                 loss=of_parts(np.mean, "loss"), grad_norm=of_parts(np.max, "grad_norm"),
                 validation=[[line["step"], line["val_loss"]] for line in lines
                             if "val_loss" in line])
@@ -39,10 +39,8 @@ def draw(runs, path, logarithmic=False):
       path: of the picture, a .png or what else matplotlib knows; or a file, of a .png.
       logarithmic: the axes of steps and of losses.
     """
-    norms = any("grad_norm" in run for run in runs.values())
-    picture, panels = figure((9, 7), 1 + norms, 1, sharex=True, squeeze=False,
-                             height_ratios=(3, 1)[:1 + norms])
-    upper, lower, scale = panels[0, 0], panels[-1, 0], "log" if logarithmic else "linear"
+    picture, (upper, lower) = figure((9, 7), 2, 1, sharex=True, height_ratios=(3, 1))
+    scale = "log" if logarithmic else "linear"
     for number, (label, run) in enumerate(runs.items()):
         style = dict(color=f"C{number % 10}", lw=1, ls=("-", "--", ":")[number // 10 % 3])
         middle = np.array(run["at"]) - np.diff(run["at"], prepend=0) / 2
@@ -51,9 +49,7 @@ def draw(runs, path, logarithmic=False):
             upper.plot(*zip(*run["validation"]), "o", ms=4, color=style["color"])
         if "grad_norm" in run:
             lower.semilogy(middle, run["grad_norm"], **style)
-    if norms:
-        lower.set(ylabel="gradient norm, largest")
-    lower.set(xlabel="step", xscale=scale)
+    lower.set(xlabel="step", ylabel="gradient norm, largest", xscale=scale)
     upper.set(ylabel="nats a token: training (lines), validation (dots)", yscale=scale)
     for ticks in (upper.yaxis.set_major_formatter, upper.yaxis.set_minor_formatter):
         ticks("{x:g}")
