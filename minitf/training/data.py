@@ -50,20 +50,18 @@ def load(config, length, encoding=None):
         names, encoding or config.encoding)
     long = checksum and tokens.nbytes > CHECKED
     verify = check_whole(names, tokens, checksum, encoding.n_vocab) if long else lambda: None
-    validation, validation_counts = tokens[end:], counts[1]
+    validation = tokens[end:]
     if val_data:
-        end, counts, held_out = len(tokens), counts.sum(0)[None], "val-data"
-        validation, _, validation_counts, *_ = read_tokens(val_data, encoding, whole=True)
-        validation_counts = validation_counts.sum(0)
-    require(np.count_nonzero(counts.sum(0)) > 1, "data is one token again and again")
+        validation, _, others, *_ = read_tokens(val_data, encoding, whole=True)
+        end, counts, held_out = len(tokens), (counts.sum(0), others.sum(0)), "val-data"
+    require(np.count_nonzero(counts[0]) > 1, "data is one token again and again")
     require(end > length, f"data is too short: {end} tokens to train on, needed are {length + 1}")
     require(len(validation) > length,
             f"{'val_data' if val_data else 'data'} is too short: {len(validation)} tokens are for "
             f"validation, needed are {length + 1}")
     digest = f"{checksum} {end}" if checksum else \
         hashlib.sha256(tokens[:end].astype("<u4").tobytes()).hexdigest()
-    return Corpus(encoding, tokens[:end], validation, counts[0], validation_counts, digest,
-                  held_out, verify)
+    return Corpus(encoding, tokens[:end], validation, *counts, digest, held_out, verify)
 
 
 def read_tokens(names, encoding=None, whole=False):
