@@ -12,7 +12,7 @@ from ..network.operations import REFERENCE
 from ..theory import activations
 from ..theory.families import FAMILIES, family
 from ..theory.kernels import attention_constants
-from .inspection import COLUMNS, initialise, read_windows, report
+from .inspection import initialise, read_windows, report
 from .pictures import draw_columns, draw_reports, figure, plain_numbers, save
 
 SHOWN, LEAST = 64, 1e-4                    # of an attention matrix: positions, smallest entry
@@ -43,7 +43,7 @@ def rank_collapse(settings, path):
 
 def kernels(settings, path):
     """All families' kernels at four depths, predicted beside measured."""
-    draw_reports(reports_by_family(settings), COLUMNS, path)
+    draw_reports(reports_by_family(settings), path)
 
 
 def c_maps(settings, path):

@@ -14,7 +14,7 @@ from ..network.init import init
 from ..theory import kernels as theory
 from ..training import checkpoint, data, sharding
 from ..training.encoding import vocabulary as vocabulary_of
-from . import pictures
+from .pictures import COLUMNS, draw_reports
 from .use import read_corpus
 
 WINDOWS, INITIALISATIONS = 4, 8     # a report is a mean over both: theory speaks of the mean
@@ -34,7 +34,7 @@ def inspect(settings, plot_path):
     if plot_path:
         others = {} if config.attn == "softmax" else {"softmax": report(
             settings.replace(attn="softmax", identity_skip=False), *text)}
-        pictures.draw_reports({config.attn: out, **others}, COLUMNS, plot_path)
+        draw_reports({config.attn: out, **others}, plot_path)
     print(verdict(out, config))
 
 
@@ -56,8 +56,7 @@ def inspect_run(folder, plot_path, mesh=None):
     """Prints the report of a run's newest checkpoint, beside its start, and its weights' sizes."""
     saved = checkpoint.newest(folder)[0]
     settings, config = saved.settings, saved.settings.model
-    corpus = data.load(settings.data, config.length, saved.encoding)
-    windows = windows_of(corpus, config)
+    windows = windows_of(data.load(settings.data, config.length, saved.encoding), config)
     key, constants = jax.random.key(settings.training.seed), theory.attention_constants(config)
     start = initialise(key, config, vocabulary_of(saved.encoding))
     with sharding.use(mesh, settings):
@@ -66,8 +65,7 @@ def inspect_run(folder, plot_path, mesh=None):
     print(table(after | {f"start {name}": value for name, value in before.items()}, "start"))
     print(gains(start["blocks"], saved.params["blocks"]))
     if plot_path:
-        reports = {f"after {saved.step} steps": after, "at the start": before}
-        pictures.draw_reports(reports, COLUMNS, plot_path)
+        draw_reports({f"after {saved.step} steps": after, "at the start": before}, plot_path)
 
 
 # --- What is measured -------------------------------------------------------------------
@@ -231,9 +229,6 @@ def verdict(out, config):
         problems.append(f"gradient norms spread by a ratio of {ratio:.3g} over depth, "
                         f"not {GRADIENT_RATIO:g}")
     return "signal does not survive: " + "; ".join(problems) if problems else "signal survives"
-
-
-COLUMNS = ("mean square", "mean cosine", "effective rank", "gradient norm", "gradient cosine")
 
 
 def table(out, beside):

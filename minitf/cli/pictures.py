@@ -4,6 +4,8 @@ import numpy as np
 from ..errors import require
 from ..theory.kernels import correlation
 
+COLUMNS = ("mean square", "mean cosine", "effective rank", "gradient norm", "gradient cosine")
+
 
 def blank(size):
     """A figure to be saved, empty yet; ValueError without matplotlib."""
@@ -41,8 +43,8 @@ def plain_numbers(axis):
         ticks(formatter)
 
 
-def draw_reports(reports, columns, path):
-    """A row of kernels of the first window for each report, at four depths; columns over depth.
+def draw_reports(reports, path):
+    """A row of kernels of the first window for each report, at four depths; COLUMNS over depth.
 
     reports: {label: what `inspection.measured` returns, and predictions}. What is predicted stands
     on the left.
@@ -65,7 +67,7 @@ def draw_reports(reports, columns, path):
                 axis.set_title(f"{said}\nblock {depth}", fontsize="medium")
         line[0].set_ylabel(label, fontsize="small")
     above.colorbar(image, ax=grid, label="cosine of two positions", shrink=0.8)
-    draw_columns(below, below.subplots(1, len(columns) - 1), columns, reports)
+    draw_columns(below, below.subplots(1, len(COLUMNS) - 1), COLUMNS, reports)
     save(picture, path)
 
 
