@@ -305,7 +305,8 @@ def resolve(preset: str = "isometric", collision_rate: float = 0.0, backend: str
     if "alpha" in flags and "beta" not in flags:
         require(flags["alpha"] < 1, f"alpha without beta must be below 1, not {flags['alpha']:g}")
         carried = carried | dict(beta=sqrt(1 - flags["alpha"]**2))
-    values = DEFAULTS | carried | flags
+    switches = {each.name: False for each in FIELDS if kind(each) is bool}
+    values = switches | DEFAULTS | carried | flags
 
     # What follows from all that, where it is not chosen.
     rates = scaled(look_up(carried["rates"], values["optimizer"], "optimizer"), values["width"],
@@ -317,7 +318,7 @@ def resolve(preset: str = "isometric", collision_rate: float = 0.0, backend: str
         **rates._asdict(),
         query_init=look_up(FAMILIES, values["attn"], "attn").query_init,
         mlp_alpha=values["alpha"], mlp_beta=values["beta"],
-        extra_heads=max(values["heads"] // 2, 1) if values["half_extra"] else 0,
+        extra_heads=max(values["heads"] // 2, 1) if "half_extra" in carried else 0,
         pull_groups=",".join(
             ["vo"] * (not values["identity_skip"] and not values["identity_values"])
             + ["mlp"] * (values["mlp_init"] == "looks_linear")),

@@ -91,13 +91,11 @@ SUCCESSORS = {
 PRESETS |= {name: PRESETS["preln"] | own for name, own in SUCCESSORS.items()}
 
 
-# Of what neither a flag nor the preset says.
+# Of what neither a flag nor the preset says. Switches are off then.
 DEFAULTS = dict(depth=36, width=64, heads=4, length=64, rho=0.8, eta=0.9, zeta=1.5, tau=0.3,
-                position="rope", row_scale="unit", identity_skip=False, remat=False,
-                half_extra=False, objective="clm", identity_values=False, qk_norm=False,
-                trained_weights=False, parallel=False,
-                steps=400, batch=16, accumulate=1, seed=0, weight_decay=0.0, lr_mult_path=1.0,
-                orthogonal_pull=0.0, unit_embeddings=False, data=None, val_data=None, encoding=None)
+                position="rope", row_scale="unit", objective="clm", steps=400, batch=16,
+                accumulate=1, seed=0, weight_decay=0.0, lr_mult_path=1.0, orthogonal_pull=0.0,
+                data=None, val_data=None, encoding=None)
 
 
 def scaled(rates, width, depth, steps, power):
