@@ -26,10 +26,9 @@ def describe(settings, params, corpus, out):
                 f"token collision rate {model.token_collision_rate:.4f}, "
                 f"{len(corpus.validation):,} for validation ({corpus.held_out})",
         "training": f"{model.objective}, {how.steps} steps of {how.batch} x {model.length} tokens, "
-                    f"{how.optimizer}, "
-                    f"learning rate {how.learning_rate:.3g} (embed x {how.lr_mult_embed:g}, "
-                    f"qk x {how.lr_mult_qk:g}, vo x {how.lr_mult_vo:g}), {model.dtype} on "
-                    f"{describe_device()}",
+                    f"{how.optimizer}, learning rate {how.learning_rate:.3g} (embed x "
+                    f"{how.lr_mult_embed:g}, qk x {how.lr_mult_qk:g}, vo x {how.lr_mult_vo:g}), "
+                    f"{model.dtype} on {describe_device()}",
     }
     print("\n".join(f"{name:12}{line}" for name, line in lines.items()))
 

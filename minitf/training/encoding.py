@@ -151,11 +151,9 @@ def load_encoding(name):
     require(path.is_file(), f"no encoding {name}: allowed are a rank file's path, "
             f"{', '.join(tiktoken.list_encoding_names())}")
     require(path.stat().st_size < RANK_FILE_BYTES, f"{name} is too large for a rank file")
-    ranks = {}
     try:
-        for line in path.read_bytes().splitlines():
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        pairs = [line.split() for line in path.read_bytes().splitlines()]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     except ValueError:
         raise ValueError(f"{name} is not a rank file: each line must be a token in base64, "
                          "a space and its rank") from None
