@@ -29,8 +29,8 @@ def forward(params: dict, constants: dict, tokens, config, ops=REFERENCE) -> jax
     tokens = check_tokens(tokens, len(params["embed"]), config.length)
     require(config.objective == "clm" or tokens.shape[-1] == config.length,
             f"with objective mlm a sequence must have {config.length} tokens")
-    after = [(0, 0)] * (tokens.ndim - 1) + [(0, config.length - tokens.shape[-1])]
-    padded = jnp.pad(tokens, after)               # which changes nothing before it
+    # What is added behind changes nothing before it.
+    padded = jnp.pad(tokens, [(0, 0)] * (tokens.ndim - 1) + [(0, config.length - tokens.shape[-1])])
     x = final_hidden(params, constants, padded, config, ops).reshape(*padded.shape, -1)
     return unembed(params, x[..., :tokens.shape[-1], :])
 
