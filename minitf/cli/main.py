@@ -27,8 +27,7 @@ GOES_WITH = {"plot": ("inspect", "inspect DIR", "curves", "figure"), "log_axes":
 SETTINGS = ["preset", *(each.name for each in FIELDS)]
 TAKES = {"sample": [each.name for each in fields(Sampling)], "eval": ["data"], "export": [],
          "curves": [], "inspect DIR": []}                         # else SETTINGS
-OUT_OF_MEMORY = ("out of memory: --accumulate 2 or more computes a batch in parts, --remat keeps "
-                 "less; a smaller --batch, --length or --width may help")
+OUT_OF_MEMORY = "out of memory: --accumulate 2, --remat, a smaller --batch or --length may help"
 COMMON = ("help help-all out resume init-from sample eval inspect curves figure plot preset attn "
           "depth width heads length steps batch seed optimizer learning-rate accumulate mesh data "
           "val-data encoding prompt tokens").split()             # what --help shows
@@ -82,8 +81,7 @@ def act(given):
         require_place(given.plot)
     flags = {name: value for name, value in vars(given).items()
              if name in SETTINGS or name in TAKES["sample"]}          # those given, no others
-    loop.refuse_others(flags, TAKES.get(doing, SETTINGS), f"cannot be given with --{doing}"
-                       if doing in TAKES else "can only be given with --sample")
+    loop.refuse_others(flags, TAKES.get(doing, SETTINGS), f"cannot be given with {doing}")
     mesh = given.mesh
     if mesh is None and (jax.process_count() > 1 or doing in ("train", "resume")):
         mesh = "all"
