@@ -73,13 +73,13 @@ def attention(settings, path):
     config, shown = settings.model, min(settings.model.length, SHOWN)
     constants, attends = attention_constants(config), family(config)
     require(attends.row_sums, f"A of attn {config.attn} is not prescribed: it cannot be drawn")
-    positions = np.arange(shown)
-    heads = (0, config.heads - 1) if len(set(config.gamma)) > 1 else (0,)    # else all are alike
+    queries, keys = np.arange(shown)[:, None], np.arange(config.length)
+    differ = config.attn == "espa" and len(set(config.gamma)) > 1
+    heads = (0, config.heads - 1) if differ else (0,)                        # else all are alike
     picture, panels = figure((13, 3.6 * len(heads)), len(heads), 4, squeeze=False)
     for column, layer in zip(panels.T, np.linspace(0, config.depth - 1, 4).astype(int)):
         own = {name: table[layer] for name, table in constants.items()}
-        bias = attends.bias_rows(own, positions[:, None], positions) + np.zeros((1, shown, shown))
-        weights = np.exp(bias) * np.tri(shown)
+        weights = np.exp(attends.bias_rows(own, queries, keys)[:, :, :shown]) * np.tri(shown)
         matrices = weights / weights.sum(-1, keepdims=True)
         matrices = matrices * own["row_scale"][:, :shown, None]
         for axis, head in zip(column, heads):
