@@ -3,7 +3,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from math import inf, isfinite, sqrt
 from typing import get_args
 
-from .errors import look_up, require, require_one_of
+from .errors import as_flag, look_up, require, require_one_of
 from .presets import DEFAULTS, PRESETS, SUCCESSORS, gammas_by_length, scaled
 from .theory.activations import NAMES, TRANSFORMS
 from .theory.families import FAMILIES
@@ -30,7 +30,7 @@ def kind(each):
 
 def check(each, value):
     """ValueError unless a value is of a field's type and within its limits."""
-    name, limits, of = each.name, each.metadata, kind(each)
+    name, limits, of = as_flag(each.name), each.metadata, kind(each)
     if value is None and type(None) in get_args(each.type):
         return
     if of in (int, float, tuple):
@@ -234,7 +234,7 @@ class TrainingConfig(Checked):
         allowed = dict(decay_groups=("qk", "vo", "mlp"), pull_groups=("vo", "mlp"))
         for name, groups in allowed.items():
             for group in filter(None, getattr(self, name).split(",")):
-                require_one_of(groups, group, name)
+                require_one_of(groups, group, as_flag(name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -353,7 +353,7 @@ def untuned(preset, flags):
         return f"note: preset {preset} was not tuned with {optimizer}, and may diverge in long runs"
     sizes = {name: flags[name] for name in ("heads", "width") if name in flags}
     usual = resolve(preset, **sizes).values
-    others = [f"{name} {flags[name]}" for name in TUNED_FOR
+    others = [f"{as_flag(name)} {flags[name]}" for name in TUNED_FOR
               if name in flags and flags[name] != usual[name]]
     if others:
         return (f"note: the learning rates of preset {preset} were not tuned with "

@@ -16,6 +16,11 @@ def require_one_of(names, name, what):
     require(name in names, f"{what} must be one of {', '.join(names)}, not {name!r}")
 
 
+def as_flag(name):
+    """A setting's name as the command line has it."""
+    return name.replace("_", "-")
+
+
 def look_up(table, name, what):
     """table[name]; ValueError with the names that it has, for one that it lacks."""
     require_one_of(table, name, what)

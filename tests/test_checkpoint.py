@@ -225,7 +225,8 @@ def test_resuming_refuses_by_name_and_continues_with_more_steps(copy, capsys, mo
         assert "other defaults" in refusal(capsys, "--resume", copy, "--steps", 204)
     newest = checkpoint.checkpoints(copy)[0]
     newest.write_bytes(newest.read_bytes()[:-100])
-    status, _, errors = finish(launch("--resume", copy, "--steps", 204, "--learning-rate", 1e-4))
+    status, said, errors = finish(launch("--resume", copy, "--steps", 204, "--learning-rate", 1e-4))
+    assert "goes on at" in said and "peak is 0.0001 now" in said
     assert status == 0 and errors.count("\n") == 1 and "falling back" in errors, errors
     assert [line["step"] for line in lines(copy) if "loss" in line] == [*range(1, 205)]
     assert checkpoint.newest(copy)[0].settings.training.learning_rate == 1e-4

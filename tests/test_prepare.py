@@ -296,7 +296,7 @@ def test_a_run_trains_resumes_and_is_evaluated(no_sample, prepared, tmp_path, ca
           "--save-every", "2"])
     output = capsys.readouterr().out
     counts = json.loads((prepared / "manifest.json").read_text())
-    assert f"{counts['train']['tokens']:,} tokens of 1,025" in output
+    assert f"{counts['train']['tokens']:,} tokens, vocabulary 1,025" in output
     assert f"{counts['validation']['tokens']:,} for validation" in output
     os.mkdir(tmp_path / "half")
     for name in ("checkpoint-00000002.npz", "config.json"):

@@ -253,7 +253,7 @@ def outcome(make, *arguments, **flags):
 @pytest.mark.parametrize("preset", OWN)
 def test_rates_that_were_not_tuned_are_noted(preset):
     """By the flags' names, unless a learning rate is given or all is as the preset has it."""
-    assert "with unit_embeddings False" in untuned("isometric", dict(unit_embeddings=False))
+    assert "with unit-embeddings False" in untuned("isometric", dict(unit_embeddings=False))
     assert "sas are those of preln" in untuned("sas", {}) and not untuned("op", RATE_GIVEN)
     same = {name: value for name, value in PRESETS[preset].items() if name in ("attn", "act")}
     assert untuned(preset, {}) is untuned(preset, dict(same, depth=3, gamma=0.1)) is None

@@ -226,7 +226,7 @@ def test_rates_of_skipless_networks_fall_with_the_root_of_long_runs():
     (dict(query_init="gaussian"), "needs query-init zero"),
     (dict(preset="shaped", query_init="gaussian"), "needs query-init zero"),
     (dict(init="orthogonal-3"), "needs norm layer or rms"),
-    (dict(preset="op", mlp_beta=0.5), "to 0.05"), (dict(query_init="none"), "query_init must be")])
+    (dict(preset="op", mlp_beta=0.5), "to 0.05"), (dict(query_init="none"), "query-init must be")])
 def test_what_does_not_go_together_is_refused(flags, said):
     with pytest.raises(ValueError, match=said):
         resolve(**flags)

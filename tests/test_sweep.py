@@ -14,6 +14,7 @@ from minitf import resolve
 from minitf.cli import curves, figures
 from minitf.cli.main import main
 from minitf.cli.metrics import Metrics
+from minitf.theory import spa
 from minitf.training import checkpoint
 
 TINY = "--depth 2 --width 8 --heads 2 --length 8 --batch 2 --steps 4 --save-every 2"
@@ -232,24 +233,52 @@ def test_curves_of_runs(tmp_path, monkeypatch, capsys):
     begins = (tmp_path / "run" / "loss.png").read_bytes()[:4]
     main(["--curves", folder, folder, "--plot", str(picture), "--log-axes"])
     assert begins == picture.read_bytes()[:4] == b"\x89PNG"
-    for name in ("c-maps", "attention"):
-        main(["--figure", name, *TINY.split()[:8], "--plot", str(tmp_path / f"{name}.png")])
+    for name, flags in (("c-maps", TINY.split()[:2]), ("attention", TINY.split()[:8])):
+        main(["--figure", name, *flags, "--plot", str(tmp_path / f"{name}.png")])
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
-    for arguments, said in (([folder], "--plot"), ([str(tmp_path), "--plot", "a.png"], "metrics"),
-                            ([folder, "--plot", str(tmp_path / "a.xyz")], "cannot write")):
+    for arguments, said in ((["--curves", folder], "--plot"),
+                            (["--curves", str(tmp_path), "--plot", "a.png"], "metrics"),
+                            (["--curves", folder, "--plot", str(tmp_path / "a.xyz")], "cannot write"),
+                            (["--plot", "a.png"], "plot goes with"),
+                            (["--figure", "c-maps", "--act", "silu", "--plot", "a.png"], "--act"),
+                            (["--figure", "c-map", "--plot", "a.png"], "rank-collapse")):
         with pytest.raises(SystemExit) as end:
-            main(["--curves", *arguments])
+            main(arguments)
         assert end.value.code == 2 and said in capsys.readouterr().err
 
 
 def test_attention_is_drawn_of_heads_that_have_a_gamma(monkeypatch):
     """Of the first and the last of them, in two rows, whether or not extra heads come after."""
     pytest.importorskip("matplotlib")
-    drawn = []
-    monkeypatch.setattr(figures, "save", lambda picture, path: drawn.append(
-        [axis.images[0].get_array() for axis in picture.axes if axis.images]))
+    drawn, titles = [], []
+
+    def save(picture, path):
+        panels = [axis for axis in picture.axes if axis.images]
+        drawn.append([axis.images[0].get_array() for axis in panels])
+        titles.append([axis.get_title() for axis in panels])
+
+    monkeypatch.setattr(figures, "save", save)
     for extra in (0, 2):
         settings = resolve(depth=4, width=8, heads=2, length=8, gamma=(0.8, 0.1), extra_heads=extra)
         figures.attention(settings, None)
     assert len(drawn[0]) == 8 and not np.array_equal(*drawn[0][::7])
     assert np.array_equal(*drawn)
+    gammas = [f"{gamma:.2g}" for last in (0.8, 0.1)
+              for gamma in spa.exponential_schedule(last, 4)[1:]]
+    assert [title.split()[-1] for title in titles[0]] == gammas
+    figures.attention(resolve(attn="uspa", depth=4, width=8, length=256), None)
+    assert len(drawn[2]) == 4 and drawn[2][0].shape == (figures.SHOWN, figures.SHOWN)
+
+
+def test_figures_of_many_networks_are_drawn_of_any_depth_and_extra_heads(monkeypatch):
+    """What a family has no room for is left out; eta is what the depth can attain."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(figures, "report", lambda settings, *_: settings.model)
+    monkeypatch.setattr(figures, "read_windows", lambda settings: [settings])
+    small = dict(depth=2, width=8, heads=2, length=8)
+    reports = figures.reports_by_family(resolve("extra-heads", **small))
+    assert {model.extra_heads for model in reports.values()} == {0} and "vskip" in reports
+    lines = []
+    monkeypatch.setattr(figures, "save", lambda picture, _: lines.extend(picture.axes[0].lines))
+    figures.jacobian(resolve(**small), None)
+    assert len(lines) == 4 and all(len(line.get_ydata()) == 2 for line in lines)

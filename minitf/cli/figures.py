@@ -14,6 +14,7 @@ from ..theory.families import FAMILIES, family
 from ..theory.kernels import attention_constants
 from .inspection import initialise, read_windows, report
 from .pictures import draw_columns, draw_reports, figure, plain_numbers, save
+from .use import reachable
 
 SHOWN, LEAST = 64, 1e-4                    # of an attention matrix: positions, smallest entry
 SUCCESSORS = "sas", "cutting-the-skip"     # presets that are shown beside the attention families
@@ -23,7 +24,8 @@ def reports_by_family(settings):
     """{"espa": the report of settings with this attention, ...}, and of SUCCESSORS."""
     settings, *text = read_windows(settings)
     require(settings.model.objective == "clm", "this figure is of networks with objective clm")
-    reports = {name: settings.replace(attn=name, identity_skip=False) for name in FAMILIES}
+    plain = dict(identity_skip=False, extra_heads=0)
+    reports = {name: settings.replace(attn=name, **plain) for name in FAMILIES}
     reports |= {name: resolve(name, settings.model.token_collision_rate, **size(settings))
                 for name in SUCCESSORS}
     return {name: report(each, *text) for name, each in reports.items()}
@@ -85,7 +87,7 @@ def attention(settings, path):
         for axis, head in zip(column, heads):
             image = axis.imshow(np.maximum(matrices[head], LEAST), cmap="gray_r",
                                 norm="log", vmin=LEAST, vmax=1)
-            of_head = f", gamma {config.gamma[head]:g}" if config.attn == "espa" else ""
+            of_head = f", gamma {own['slope'][head]:.2g}" if config.attn == "espa" else ""
             axis.set(title=f"block {layer + 1}{of_head}", xlabel="key", ylabel="query")
     picture.colorbar(image, ax=panels, label="A = D softmax(B)", shrink=0.6)
     picture.suptitle(f"{config.attn}, the first {shown} of {config.length} positions")
@@ -96,7 +98,7 @@ def jacobian(settings, path):
     """The participation ratio of a token's Jacobian by depth, of each preset at this size."""
     picture, axis = figure((7, 4.5))
     for number, preset in enumerate(("isometric", "paper", "normless", "preln")):
-        config = resolve(preset, **size(settings)).model
+        config = reachable(resolve(preset, **size(settings))).model
         params = initialise(jax.random.key(settings.training.seed), config, 2)
         x = jax.random.normal(jax.random.key(1), (config.length, config.width))
         found = jacobians(params, attention_constants(config), x, config)[0]
@@ -141,5 +143,7 @@ def participation_ratio(s):
     return (s**2).sum(-1)**2 / (s**4).sum(-1)
 
 
+# What they take of the settings, where it is not all.
+TAKES = {"c-maps": ["depth"], "jacobian": ["depth", "width", "heads", "length", "seed"]}
 FIGURES = {"rank-collapse": rank_collapse, "kernels": kernels, "c-maps": c_maps,
            "jacobian": jacobian, "attention": attention}

@@ -9,7 +9,7 @@ from functools import partial
 import jax
 
 from ..config import Sampling
-from ..errors import require
+from ..errors import as_flag, require
 from ..network.init import init
 from ..theory.kernels import attention_constants
 from ..training import checkpoint as checkpoints
@@ -78,17 +78,18 @@ def go_on(folder, out, flags, mesh, log_to):
         print(f"run.py: {problem}; falling back to the one of step {state.step}", file=sys.stderr)
     new, old = state.settings.replace(**flags).values, state.settings.values
     changed = {name: value for name, value in flags.items() if new[name] != old[name]}
-    refuse_others(changed, MAY_CHANGE, f"cannot change on resuming; {', '.join(MAY_CHANGE)} can")
+    allowed = ", ".join(map(as_flag, MAY_CHANGE))
+    refuse_others(changed, MAY_CHANGE, f"cannot change on resuming; {allowed} can")
     if changed:                                                   # defaults are then made anew
         require(state.settings.replace() == state.settings, f"{folder} was begun with other "
                 "defaults than today's: it goes on as it is, without other flags")
-        before = state.settings.training.learning_rate
+        before = optimizer.learning_rate(state.settings.training, state.step)
         state = state._replace(settings=state.settings.replace(**changed))
-        rate = state.settings.training.learning_rate
-        if rate != before and "learning_rate" not in changed:
-            print(f"note: with so many steps the learning rate is {rate:.3g}, not {before:.3g}")
-    steps = state.settings.training.steps
-    require(steps > state.step, f"{folder} is trained, {state.step} steps: more --steps go on")
+    how = state.settings.training
+    require(how.steps > state.step, f"{folder} is trained, {state.step} steps: more --steps go on")
+    if changed.keys() & {"steps", "learning_rate"}:
+        print(f"note: the learning rate goes on at {optimizer.learning_rate(how, state.step):.3g}, "
+              f"not at {before:.3g}; its peak is {how.learning_rate:.3g} now")
     for path, _ in unusable if sharding.first() else ():          # kept for whoever wants to know
         path.rename(path.with_suffix(".unusable"))
     checkpoints.rewind(out / "metrics.jsonl", state.step)
@@ -207,7 +208,8 @@ def evaluate(settings, params, constants, corpus, count, step, metrics, watch, p
     size = corpus.validation_counts @ encodings.byte_lengths(corpus.encoding)
     bits = len(corpus.validation) / size / math.log(2)            # per byte, of a nat per token
     unigram = data.unigram_loss(corpus.train_counts, corpus.validation_counts)
-    line = {"step": step, "val_loss": value, "val_tokens": len(corpus.validation), **blocks}
+    line = {"step": step, "val_loss": value, "val_windows": len(windows),
+            "val_tokens": len(corpus.validation), **blocks}
     said = f"validation loss {value:.3f} nats a masked token (unigram {unigram:.3f})"
     if settings.model.objective == "clm":
         line["val_bits_per_byte"] = value * bits
@@ -215,7 +217,7 @@ def evaluate(settings, params, constants, corpus, count, step, metrics, watch, p
                 f"(unigram {unigram:.3f}, {unigram * bits:.3f})")
     metrics.add(line)
     watch.recall(line)
-    progress.note(f"step {step}: {said}")
+    progress.note(f"step {step}: {said}, on {len(windows):,} windows")
     progress.note(watch.activations(step, blocks["mean_square"]))
     return said
 
@@ -230,5 +232,5 @@ def save(out, metrics, state, best=None):
 
 def refuse_others(flags, names, why):
     """ValueError, by name, if any flag is given that is not one of the names."""
-    others = ", ".join("--" + name.replace("_", "-") for name in flags if name not in names)
+    others = ", ".join("--" + as_flag(name) for name in flags if name not in names)
     require(not others, f"{others} {why}")

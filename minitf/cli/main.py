@@ -11,10 +11,9 @@ from pathlib import Path
 import jax
 
 from ..config import FIELDS, SECTIONS, Sampling, kind, resolve, untuned
-from ..errors import OutOfReach, Parser, look_up, require
+from ..errors import Parser, as_flag, look_up, require
 from ..network.fast import hardware
 from ..presets import PRESETS
-from ..theory.kernels import network_activation
 from ..training import checkpoint, sharding
 from . import curves, figures, inspection, loop, use
 from .metrics import TRACKERS, read
@@ -69,19 +68,19 @@ def main(arguments=None):
 def act(given):
     """Does what the arguments say."""
     doing = next((name for name in DOING if getattr(given, name)), "train")
-    if given.plot and doing == "train" and not given.out:
-        doing = "inspect"
     if isinstance(given.inspect, Path):
         doing = "inspect DIR"
     for flag, allowed in GOES_WITH.items():
-        require(not getattr(given, flag) or doing in allowed, f"{flag.replace('_', '-')} goes with "
+        require(not getattr(given, flag) or doing in allowed, f"{as_flag(flag)} goes with "
                 f"{', '.join(allowed)}, not with {doing}")
     require(given.plot or doing not in ("curves", "figure"), f"--{doing} needs --plot FILE.png")
     if given.plot:
         require_place(given.plot)
     flags = {name: value for name, value in vars(given).items()
              if name in SETTINGS or name in TAKES["sample"]}          # those given, no others
-    loop.refuse_others(flags, TAKES.get(doing, SETTINGS), f"cannot be given with {doing}")
+    taken = figures.TAKES.get(given.figure) or TAKES.get(doing, SETTINGS)
+    loop.refuse_others(flags, taken, f"cannot be given with {given.figure or doing}"
+                       if doing in (*TAKES, "figure") else "can only be given with --sample")
     mesh = given.mesh
     if mesh is None and (jax.process_count() > 1 or doing in ("train", "resume")):
         mesh = "all"
@@ -102,8 +101,8 @@ def act(given):
         trained = checkpoint.newest(given.init_from)[0] if given.init_from else None
         if trained:
             flags = loop.with_network_of(trained.settings, flags)
-        settings = reachable(resolve(**flags, backend=hardware()))
-        note = untuned(settings.preset, settings.flags)
+        settings = use.reachable(resolve(**flags, backend=hardware()))
+        note = doing == "train" and untuned(settings.preset, settings.flags)
         if note:
             print(note)
         if doing == "figure":
@@ -155,16 +154,6 @@ def keep_compiled_programs():
         jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
-def reachable(settings):
-    """Settings with an activation's target that is out of reach replaced by the nearest one."""
-    try:
-        network_activation(settings.model)
-    except OutOfReach as error:
-        print(f"note: {error}; taking that")
-        return settings.replace(**{error.target: error.best})
-    return settings
-
-
 def make_parser():
     """One flag for each setting, in groups, and for what to do and where."""
     parser = Parser(prog="run.py", description="Trains a transformer without shortcuts on text.",
@@ -173,9 +162,11 @@ def make_parser():
     where = parser.add_mutually_exclusive_group()
     for name, text in {
             "out": "a new folder for checkpoints and metrics (default: the next under runs/)",
-            "resume": f"go on with a run; {', '.join(loop.MAY_CHANGE)} may be given anew",
+            "resume": "go on with a run; anew may be given "
+                      f"{', '.join(map(as_flag, loop.MAY_CHANGE))}",
             "sample": "draw text from a run's newest checkpoint",
-            "eval": "loss of a run's newest checkpoint on --data (default: its validation text)",
+            "eval": "loss of a run's newest checkpoint on --data (default: all its validation "
+                    "text)",
     }.items():
         where.add_argument("--" + name, type=Path, metavar="DIR", help=text)
     where.add_argument("--inspect", nargs="?", type=Path, const=True, metavar="DIR",
@@ -219,7 +210,7 @@ def add_settings(parser):
     listed = {each.name: each for each in (*fields(Sampling), *FIELDS)}    # seed serves both
     for each in listed.values():
         groups[each.metadata["group"]].add_argument(
-            "--" + each.name.replace("_", "-"), default=argparse.SUPPRESS,
+            "--" + as_flag(each.name), default=argparse.SUPPRESS,
             help=each.metadata["text"].replace("%", "%%"), **how_to_parse(each))
 
 

@@ -22,12 +22,12 @@ def describe(settings, params, corpus, out):
         "attention": describe_attention(model),
         "MLP": f"{describe_activation(network_activation(model))}, transform {model.transform}, "
                f"initialisation {model.mlp_init}",
-        "data": f"{len(corpus.train):,} tokens of {corpus.encoding.n_vocab:,}, "
+        "data": f"{len(corpus.train):,} tokens, vocabulary {corpus.encoding.n_vocab:,}, "
                 f"token collision rate {model.token_collision_rate:.4f}, "
                 f"{len(corpus.validation):,} for validation ({corpus.held_out})",
         "training": f"{model.objective}, {how.steps} steps of {how.batch} x {model.length} tokens, "
                     f"{how.optimizer}, learning rate {how.learning_rate:.3g} (embed x "
-                    f"{how.lr_mult_embed:g}, qk x {how.lr_mult_qk:g}, vo x {how.lr_mult_vo:g}), "
+                    f"{how.lr_mult_embed:.3g}, qk x {how.lr_mult_qk:g}, vo x {how.lr_mult_vo:g}), "
                     f"{model.dtype} on {describe_device()}",
     }
     print("\n".join(f"{name:12}{line}" for name, line in lines.items()))
@@ -60,8 +60,10 @@ def describe_attention(model):
 def describe_activation(phi):
     if phi.name.endswith("relu"):
         return phi.name + (f", slope {phi.slope:.4f}" if phi.slope else "")
-    return (f"{phi.output_scale:.3f} {phi.name}({phi.input_scale:.3f} x {phi.input_shift:+.3f}) "
-            f"{phi.output_scale * phi.output_shift:+.3f}")
+    solved = phi.input_scale != 1                      # for more than a mean square of 1
+    inner = f"{phi.input_scale:.3f} x {phi.input_shift:+.3f}" if solved else "x"
+    return (f"{phi.output_scale:.3f} {phi.name}({inner})"
+            + f" {phi.output_scale * phi.output_shift:+.3f}" * solved)
 
 
 class Progress(AbstractContextManager):

@@ -8,13 +8,23 @@ from itertools import chain, takewhile
 import numpy as np
 
 from ..config import resolve
-from ..errors import require
+from ..errors import OutOfReach, require
 from ..network import decode, fast
 from ..network.quantize import bits_of
 from ..theory.kernels import network_activation
 from ..training import checkpoint, data, sharding, train
 from ..training.encoding import END, byte_lengths, known, pack_encoding
 from .progress import through
+
+
+def reachable(settings):
+    """Settings with an activation's target that is out of reach replaced by the nearest one."""
+    try:
+        network_activation(settings.model)
+    except OutOfReach as error:
+        print(f"note: {error}; taking that")
+        return settings.replace(**{error.target: error.best})
+    return settings
 
 
 def read_corpus(settings, encoding=None):
@@ -79,8 +89,8 @@ def evaluate(folder, names, mesh=None, quantize=None):
                       for bits in precisions)
             nats += [np.asarray(each, float)[counted].sum() for each in losses]
         if quantize:
-            windows = data.spread_windows(tokens, config.length, 4 * size) \
-                if count >= config.length else windows[:1]
+            long_enough = np.resize(tokens, max(count, config.length) + 1)
+            windows = data.spread_windows(long_enough, config.length, 4 * size)
             kurtosis = train.evaluate(params, constants, windows, config, size)[1]["kurtosis"]
     loss, *rounded = nats / count
     said = f"{loss:.4f} nats a masked token" if config.objective == "mlm" else \
@@ -105,6 +115,7 @@ def export(folder, path):
         from safetensors.numpy import save
     except ImportError:
         raise ValueError("--export needs safetensors: pip install safetensors") from None
+    require(path.suffix == ".safetensors", f"{path} must end in .safetensors")
     require(not path.exists(), f"{path} exists already")
     config, params, constants, encoding = checkpoint.model_of(checkpoint.newest(folder)[0])
     pairs, names = pack_encoding(encoding)

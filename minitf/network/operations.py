@@ -106,7 +106,8 @@ def normalise(x, trained, config):
     return NORMS[config.norm](x.astype(jnp.float32), trained).astype(x.dtype)
 
 
-# (x (..., d), what is trained: (d,), or a dict) -> as x
+# (x (..., d), what is trained: (d,), or a dict) -> as x. To add one: also to NORM_STARTS (init.py),
+# to config.py and, unless it makes mean squares 1, to NOT_NORMS (theory/kernels.py).
 NORMS = {
     "layer": lambda x, gain: standardise(x, True)[0] * gain,
     "rms": lambda x, gain: standardise(x, False)[0] * gain,

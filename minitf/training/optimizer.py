@@ -1,7 +1,8 @@
 """The optimizer, a chain of optax transformations, and its learning rates by group.
 
 To add a group, name its parameters in GROUPS, give its multiple in `group_rates`, and add it to
-MATRIX_GROUPS if Muon is to train it.
+MATRIX_GROUPS if Muon is to train it; if it may decay, to decay_groups in config.py. What is held
+(`hold_linear_path`, `hold_rows`) moves parameters whatever their rate.
 """
 import jax
 import jax.numpy as jnp
