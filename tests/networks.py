@@ -63,7 +63,7 @@ def stirred(params, seed, size=0.3):
 
 
 def decoded(params, constants, tokens, config, at_once=5, spare=0):
-    """Logits (T, V) by decoding: the first tokens together, padded with `spare`, then one by one."""
+    """Logits (T, V) by decoding: the first ones together, padded with `spare`, then one by one."""
     cache, layers = decode.empty_cache(config), decode.layers(params, constants, config)
     padded = np.where(np.arange(len(tokens)) < at_once, tokens, spare).astype(np.int32)
     logits, cache = decode.decode(params, layers, cache, padded, 0, config)

@@ -85,7 +85,7 @@ def test_extra_heads_are_silent_at_the_start(attn, seed):
 
 @pytest.mark.parametrize("attn", PRESCRIBED)
 def test_extra_heads_have_plain_attention_less_the_own_share(attn):
-    """B = 0; D takes off what an even attention gives to the own token. All others are as before."""
+    """B = 0; D takes off what an even attention gives to the own token. Others are as before."""
     constants = theory.attention_constants(small(attn, extra_heads=2))
     before, share = theory.attention_constants(small(attn)), np.arange(T) / np.arange(1, T + 1)
     for name, table in constants.items():
@@ -299,7 +299,8 @@ def test_what_are_no_tokens_is_refused(tokens):
 
 
 @pytest.mark.parametrize("wrong", [dict(count=0), dict(count=1.5), dict(temperature=-1),
-                                   dict(temperature=np.nan), dict(temperature=None), dict(top_k=0), dict(seed=-1)], ids=str)
+                                   dict(temperature=np.nan), dict(temperature=None),
+                                   dict(top_k=0), dict(seed=-1)], ids=str)
 def test_no_sampling_is_refused_late(wrong):
     config, params, constants = network("espa", 0)
     with pytest.raises(ValueError):

@@ -360,7 +360,7 @@ def test_where_no_documents_were_set_aside_the_last_tenth_is(tmp_path):
 
 
 def test_what_is_for_a_test_is_in_the_other_folder_alone(tmp_path, monkeypatch):
-    """Short documents and long ones: each in one of the parts, the same for validation as before."""
+    """Short documents and long ones: each in one part, the same for validation as before."""
     monkeypatch.setattr(prepare, "PIECE", 64)
     texts = [f"{number} " * (number % 40 + 1) for number in range(400)]
     write_lines(tmp_path / "texts.jsonl", texts)
@@ -374,8 +374,8 @@ def test_what_is_for_a_test_is_in_the_other_folder_alone(tmp_path, monkeypatch):
     assert json.loads((rest / "manifest.json").read_text())["skipped"]["left out"] == len(tested)
 
 
-def test_tokens_too_long_to_wait_for_are_checked_beside_the_training(prepared, tmp_path, monkeypatch,
-                                                                     capsys):
+def test_tokens_too_long_to_wait_for_are_checked_meanwhile(prepared, tmp_path, monkeypatch,
+                                                           capsys):
     """One changed token between the pieces that are looked at first: the run ends, in a line."""
     folder = tmp_path / "corpus"
     shutil.copytree(prepared, folder)
@@ -424,8 +424,9 @@ def test_of_many_files_some_are_set_aside_whole(tmp_path):
         (tmp_path / folder).mkdir()
         for number, text in enumerate(texts):
             (tmp_path / folder / name.format(number)).write_text(text)
-    one, other = (data.load(DataConfig(data=str(tmp_path / folder), val_data=None, encoding=None), 8)
-                  for folder in ("a", "b"))
+    load = lambda names, length: data.load(
+        DataConfig(data=names, val_data=None, encoding=None), length)
+    one, other = (load(str(tmp_path / folder), 8) for folder in ("a", "b"))
     assert one.held_out == "2 whole files"
     said = [each.encoding.decode(each.validation.tolist()) for each in (one, other)]
     chosen = [text for text in texts if text in said[0]]
@@ -435,7 +436,7 @@ def test_of_many_files_some_are_set_aside_whole(tmp_path):
     assert all(text in trained for text in texts if text not in chosen)
     assert "here" + "file" not in trained
     text = str(data.TEXT)
-    few = data.load(DataConfig(data=f"{text},{tmp_path / 'a' / '3'}", val_data=None, encoding=None), 1)
+    few = load(f"{text},{tmp_path / 'a' / '3'}", 1)
     assert few.held_out == "the last tenth"
 
 
@@ -465,7 +466,8 @@ def test_folders_of_damaged_bytes(prepared, tmp_path):
         else:
             assert np.array_equal(tokens, expected[0]) and end == expected[1], path
             assert np.array_equal(counts, expected[2]), path
-            assert all(getattr(encoding, part) == getattr(expected[3], part) for part in parts), path
+            for part in parts:
+                assert getattr(encoding, part) == getattr(expected[3], part), path
         (tmp_path / path.name).write_bytes(path.read_bytes())
     print(f"\ncorpora: {refused} of {CASES} refused, the others are the same")
 

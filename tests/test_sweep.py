@@ -38,8 +38,8 @@ def calls(no_sample, monkeypatch):
 
 def asked(tmp_path, **others):
     """The sweep that the tests ask for; how many runs failed."""
-    return sweep.run(**dict(file=tmp_path / "runs.jsonl", flags=[TINY], texts=(None, None), seeds=[0],
-                            random=2, best=1, then="--steps 6", together=1) | others)
+    return sweep.run(**dict(file=tmp_path / "runs.jsonl", flags=[TINY], texts=(None, None),
+                            seeds=[0], random=2, best=1, then="--steps 6", together=1) | others)
 
 
 def test_a_search_goes_on_where_it_was_killed(tmp_path, calls, monkeypatch, capsys):
@@ -68,7 +68,8 @@ def test_a_search_goes_on_where_it_was_killed(tmp_path, calls, monkeypatch, caps
     (folder / "checkpoint-00000004.npz").unlink()
     lines = curves.read(folder)
     until = next(i for i, line in enumerate(lines) if "loss" in line and line["step"] == 3)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:until]))
+    kept = "".join(json.dumps(line) + "\n" for line in lines[:until])
+    (folder / "metrics.jsonl").write_text(kept)
     monkeypatch.setattr(sweep, "folder_of", lambda *_: folder)
     assert asked(tmp_path, random=0, best=0) == 0
     assert calls[-1] == ["--resume", str(folder)] and not folder.exists()
@@ -236,12 +237,13 @@ def test_curves_of_runs(tmp_path, monkeypatch, capsys):
     for name, flags in (("c-maps", TINY.split()[:2]), ("attention", TINY.split()[:8])):
         main(["--figure", name, *flags, "--plot", str(tmp_path / f"{name}.png")])
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
-    for arguments, said in ((["--curves", folder], "--plot"),
-                            (["--curves", str(tmp_path), "--plot", "a.png"], "metrics"),
-                            (["--curves", folder, "--plot", str(tmp_path / "a.xyz")], "cannot write"),
-                            (["--plot", "a.png"], "plot goes with"),
-                            (["--figure", "c-maps", "--act", "silu", "--plot", "a.png"], "--act"),
-                            (["--figure", "c-map", "--plot", "a.png"], "rank-collapse")):
+    for arguments, said in (
+            (["--curves", folder], "--plot"),
+            (["--curves", str(tmp_path), "--plot", "a.png"], "metrics"),
+            (["--curves", folder, "--plot", str(tmp_path / "a.xyz")], "cannot write"),
+            (["--plot", "a.png"], "plot goes with"),
+            (["--figure", "c-maps", "--act", "silu", "--plot", "a.png"], "--act"),
+            (["--figure", "c-map", "--plot", "a.png"], "rank-collapse")):
         with pytest.raises(SystemExit) as end:
             main(arguments)
         assert end.value.code == 2 and said in capsys.readouterr().err

@@ -20,7 +20,8 @@ def line(step, norm):
 @pytest.mark.parametrize("warmup, last", [(0, 10), (40, 80)])
 def test_the_early_level_is_the_median_after_warm_up(warmup, last):
     """Neither an early spike nor one below a hundred times the level is told of; what is, once."""
-    seen, norms = watch.Watch(warmup, "DIR"), {"head": 1.0, "blocks": {"up": np.array([1.0, 9.0, 2.0])}}
+    seen = watch.Watch(warmup, "DIR")
+    norms = {"head": 1.0, "blocks": {"up": np.array([1.0, 9.0, 2.0])}}
     for step in range(1, last + 1):
         early = 1e6 if step <= warmup or step == last else 2.0
         assert seen.gradient(line(step, early), norms) is None
