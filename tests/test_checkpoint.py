@@ -116,7 +116,8 @@ def test_killed_at_any_point_and_resumed_ends_the_same(whole, tmp_path):
             nth *= 25 if phase == "write" else 1           # arrays in a checkpoint, about
             process = launch(*arguments, phase=phase, nth=nth)
         status, _, errors = finish(process)
-        assert status == -signal.SIGKILL, (phase, status, errors)
+        late = phase == "random" and status == 0           # it had ended: a busy machine
+        assert status == -signal.SIGKILL or late, (phase, status, errors)
         counts[phase] = counts.get(phase, 0) + 1
         arguments = ["--resume", folder]
     if step_of(folder) < 200:              # else killed after its last checkpoint: nothing is left
