@@ -34,7 +34,7 @@ from minitf.cli import curves
 from minitf.cli.main import SETTINGS, make_parser
 from minitf.errors import require
 
-DIVERGED = re.compile("loss is .*gradient norm .* at step")         # how run.py ends then
+DIVERGED = re.compile("loss is .* (at|after) step")                 # how run.py ends then
 # What a random search varies, each between its own value over this number and times it.
 FACTORS = dict(learning_rate=2, lr_mult_embed=2, lr_mult_qk=2, lr_mult_vo=2, weight_decay=4,
                orthogonal_pull=4, gamma=4)

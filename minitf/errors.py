@@ -13,7 +13,8 @@ def require(condition, message):
 
 def require_one_of(names, name, what):
     """ValueError, with all names, unless the name is one of them."""
-    require(name in names, f"{what} must be one of {', '.join(names)}, not {name!r}")
+    known = isinstance(name, str) and name in names
+    require(known, f"{what} must be one of {', '.join(names)}, not {name!r}")
 
 
 def as_flag(name):
@@ -25,6 +26,12 @@ def look_up(table, name, what):
     """table[name]; ValueError with the names that it has, for one that it lacks."""
     require_one_of(table, name, what)
     return table[name]
+
+
+def as_line(text):
+    """A text as one line of printable characters."""
+    line = " ".join(text.split()).encode("utf-8", "backslashreplace").decode()
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
 
 
 class OutOfReach(ValueError):
@@ -42,7 +49,6 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, of at most 300 printable characters."""
 
     def error(self, message):
-        line = " ".join(message.split()).encode("utf-8", "backslashreplace").decode()
-        line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
+        line = as_line(message)
         line = line if len(line) <= 280 else f"{line[:200]} ... {line[-75:]}"
         self.exit(2, f"{self.prog}: {line}\n")

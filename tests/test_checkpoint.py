@@ -233,6 +233,23 @@ def test_resuming_refuses_by_name_and_continues_with_more_steps(copy, capsys, mo
     assert checkpoint.newest(copy)[0].settings.training.learning_rate == 1e-4
 
 
+def test_a_resume_that_is_refused_changes_nothing(copy, capsys):
+    newest = checkpoint.checkpoints(copy)[0]
+    newest.write_bytes(newest.read_bytes()[:-100])
+    before = {path: path.read_bytes() for path in copy.iterdir() if path.name != "lock"}
+    for flags in (["--data", data.RANKS], ["--mesh", "data=9"], ["--depth", 3]):
+        refusal(capsys, "--resume", copy, "--steps", 204, *flags)
+    assert {path: path.read_bytes() for path in copy.iterdir() if path.name != "lock"} == before
+
+
+def test_an_output_that_is_full_is_said_in_a_line(copy):
+    given = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "run.py", "--sample", copy, "--tokens", "3"],
+                              cwd=ROOT, env=given, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+
+
 def test_a_full_disk_leaves_what_was_saved(copy):
     before = {path: path.read_bytes() for path in checkpoint.checkpoints(copy)}
     state = checkpoint.newest(copy)[0]._replace(step=202)
@@ -254,6 +271,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path):
     assert "--learning-rate" in errors, errors
     named = r"gradient at step \d+ is that of (embed|head|blocks/\w+ in block \d), "
     assert re.search(named, errors), errors
+    status, _, errors = finish(launch(*TINY, "--learning-rate", 1e30, "--steps", 1,
+                                      "--out", tmp_path / "one"))
+    assert status == 1 and "validation loss is nan after step 1" in errors, errors
     name, norm = train.largest_gradient({"head": 3.0, "blocks": {"up": np.nan, "down": 1e9}})
     assert name == "blocks/up" and np.isnan(norm)
     state = checkpoint.newest(folder)[0]

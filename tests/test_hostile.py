@@ -5,6 +5,7 @@ Never a traceback. MINITF_FUZZ=N makes N random cases of each kind.
 import json
 import os
 import random
+import shutil
 from dataclasses import fields
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from minitf import resolve
-from minitf.cli import host, loop, main as commands
+from minitf.cli import host, loop, main as commands, metrics
 from minitf.cli.main import main
 from minitf.config import FIELDS, DataConfig, Sampling
 from minitf.network.init import init
@@ -20,7 +21,7 @@ from minitf.presets import PRESETS
 from minitf.theory.families import FAMILIES
 from minitf.theory.kernels import attention_constants, network_activation
 from minitf.training import checkpoint, data
-from minitf.training.encoding import load_encoding
+from minitf.training.encoding import find_files, load_encoding
 from minitf.training.optimizer import group_rates, make_optimizer
 
 CASES = int(os.environ.get("MINITF_FUZZ", 60))
@@ -166,6 +167,35 @@ def test_a_sparse_gigabyte_is_not_read(saved, tmp_path, capsys):
     assert "NUL" in refusal(["--data", str(tmp_path / "text")], capsys)
     assert "too large" in refusal(["--encoding", str(tmp_path / "text")], capsys)
     assert "no usable" in refusal(["--sample", str(tmp_path)], capsys)
+
+
+def test_a_named_pipe_among_other_files_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "text").write_text("Exeunt omnes")
+    assert find_files(str(tmp_path / "*")) == [tmp_path / "text"]
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["--figure", ""], "--figure needs --plot"), (["--encoding", ""], "no encoding"),
+    (["--data", ""], "data must name"), (["--val-data", ""], "data must name"),
+    (["--quantize", ""], "quantize goes with eval")], ids=str)
+def test_what_is_empty_is_not_the_default(arguments, said, tmp_path, capsys):
+    assert said in refusal([*arguments, "--out", str(tmp_path / "run")] if "--figure" not in
+                           arguments else arguments, capsys)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("line", [
+    '{"step": 1, "loss": "x", "grad_norm": 1.0}', '{"step": 1, "loss": null, "grad_norm": 1.0}',
+    '{"step": 1, "loss": 1.0}', '{"step": 1, "loss": 1.0, "grad_norm": 1' + "0" * 400 + "}",
+    '{"step": 1' + "0" * 400 + "}", '{"step": 1, "val_tokens": 9}', '{"loss": 1.0}', "{}", "[{}",
+    '{"step": 0, "mean_square": [null, 0.0]}', '{"a":' * 100_000 + "1" + "}" * 100_000])
+def test_metrics_of_another_format(line, saved, tmp_path, capsys):
+    shutil.copytree(saved, tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").write_text(line + "}" * (line == "[{}") + "\n")
+    with pytest.raises(ValueError, match="metrics.jsonl cannot be read"):
+        metrics.read(tmp_path / "run")
+    checkpoint.rewind(tmp_path / "run" / "metrics.jsonl", 1)
 
 
 @pytest.mark.parametrize("text", ["ab" * 20_000, "the " * 10_000, "🎭" * 10_000, "\n\n\t" * 10_000,

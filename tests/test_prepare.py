@@ -499,7 +499,8 @@ def test_damaged_folders_are_refused(prepared, tmp_path, capsys, damage):
         if damage == "foreign":
             tokens.write_bytes(strange)
         manifest.write_text(json.dumps(saved | {"sha256": data.checksum_of(saved)}))
-    assert str(tmp_path) in refusal(capsys, main, *TINY, "--data", tmp_path)
+    line = refusal(capsys, main, *TINY, "--data", tmp_path)
+    assert str(tmp_path) in line and "prepare it again" in line
 
 
 def test_large_vocabularies_are_rounded_up_and_spare_tokens_never_drawn():

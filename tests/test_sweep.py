@@ -2,6 +2,7 @@
 import itertools
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -217,7 +218,8 @@ def test_a_tracker_is_given_the_metrics(tmp_path, monkeypatch, name):
 
     monkeypatch.setitem(sys.modules, "tensorboardX", SimpleNamespace(SummaryWriter=Writer))
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: Writer("")))
-    lines = [{"step": 1, "loss": 1.5}, {"step": 1, "mean_square": [1.0], "val_loss": 2.5}]
+    lines = [{"step": 1, "loss": 1.5, "grad_norm": 2.0},
+             {"step": 1, "mean_square": [1.0], "val_loss": 2.5}]
     with Metrics(tmp_path, resolve(), name) as metrics:
         for line in lines:
             metrics.add(line)
@@ -229,9 +231,9 @@ def test_curves_of_runs(tmp_path, monkeypatch, capsys):
     """A picture in a run's own folder, and one of several runs; what is wrong in a line."""
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(curves, "SOON", -1)
-    folder, picture = str(tmp_path / "run"), tmp_path / "both.png"
+    folder, picture = str(tmp_path / r"_a$\foo$"), tmp_path / "both.png"
     main([*TINY.split(), "--out", folder])
-    begins = (tmp_path / "run" / "loss.png").read_bytes()[:4]
+    begins = Path(folder, "loss.png").read_bytes()[:4]
     main(["--curves", folder, folder, "--plot", str(picture), "--log-axes"])
     assert begins == picture.read_bytes()[:4] == b"\x89PNG"
     for name, flags in (("c-maps", TINY.split()[:2]), ("attention", TINY.split()[:8])):
@@ -240,7 +242,7 @@ def test_curves_of_runs(tmp_path, monkeypatch, capsys):
     for arguments, said in (
             (["--curves", folder], "--plot"),
             (["--curves", str(tmp_path), "--plot", "a.png"], "metrics"),
-            (["--curves", folder, "--plot", str(tmp_path / "a.xyz")], "cannot write"),
+            (["--curves", folder, "--plot", str(tmp_path / "a.pgf")], "cannot write"),
             (["--plot", "a.png"], "plot goes with"),
             (["--figure", "c-maps", "--act", "silu", "--plot", "a.png"], "--act"),
             (["--figure", "c-map", "--plot", "a.png"], "rank-collapse")):

@@ -44,7 +44,8 @@ def draw(runs, path, logarithmic=False):
     for number, (label, run) in enumerate(runs.items()):
         style = dict(color=f"C{number % 10}", lw=1, ls=("-", "--", ":")[number // 10 % 3])
         middle = np.array(run["at"]) - np.diff(run["at"], prepend=0) / 2
-        upper.plot(middle, run["loss"], label=label, **style)
+        shown = " " + label.replace("$", r"\$")           # matplotlib hides _a, and typesets $a$
+        upper.plot(middle, run["loss"], label=shown, **style)
         if run["validation"]:
             upper.plot(*zip(*run["validation"]), "o", ms=4, color=style["color"])
         if "grad_norm" in run:

@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 
 from ..errors import require
+from ..training.checkpoint import write
 
 CGROUP = Path("/sys/fs/cgroup")                                   # of a container
 STOPPING = "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"               # a closed terminal, Slurm
@@ -134,4 +135,5 @@ def note_machine(out, settings):
         if before != machine:
             print(f"note: this run began with {before}, now {machine}: it goes on the same to "
                   "rounding, not to the last bit")
-    path.write_text(json.dumps(asdict(settings) | {"machine": machine}, indent=1) + "\n")
+    text = json.dumps(asdict(settings) | {"machine": machine}, indent=1) + "\n"
+    write(path, lambda file: file.write(text.encode()))

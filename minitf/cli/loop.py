@@ -9,7 +9,7 @@ from functools import partial
 import jax
 
 from ..config import Sampling
-from ..errors import as_flag, require
+from ..errors import as_flag, as_line, require
 from ..network.init import init
 from ..theory.kernels import attention_constants
 from ..training import checkpoint as checkpoints
@@ -74,8 +74,6 @@ def go_on(folder, out, flags, mesh, log_to):
     """What `resume` does while no other run may write to `out`."""
     state, unusable = checkpoints.newest(folder)
     sharding.require_same("the newest checkpoint", f"{state.step} {state.settings}")
-    for path, problem in unusable:
-        print(f"run.py: {problem}; falling back to the one of step {state.step}", file=sys.stderr)
     new, old = state.settings.replace(**flags).values, state.settings.values
     changed = {name: value for name, value in flags.items() if new[name] != old[name]}
     allowed = ", ".join(map(as_flag, MAY_CHANGE))
@@ -90,12 +88,14 @@ def go_on(folder, out, flags, mesh, log_to):
     if changed.keys() & {"steps", "learning_rate"}:
         print(f"note: the learning rate goes on at {optimizer.learning_rate(how, state.step):.3g}, "
               f"not at {before:.3g}; its peak is {how.learning_rate:.3g} now")
-    for path, _ in unusable if sharding.first() else ():          # kept for whoever wants to know
-        path.rename(path.with_suffix(".unusable"))
-    checkpoints.rewind(out / "metrics.jsonl", state.step)
     corpus = data.load(state.settings.data, state.settings.model.length, state.encoding)
     require(corpus.digest == state.digest, "data has other tokens than the run was trained on")
     with sharding.use(mesh, state.settings):
+        for path, problem in unusable if sharding.first() else ():
+            print(f"run.py: {problem}; falling back to the one of step {state.step}",
+                  file=sys.stderr)
+            path.rename(path.with_suffix(".unusable"))            # for whoever wants to know
+        checkpoints.rewind(out / "metrics.jsonl", state.step)
         params, opt_state = sharding.place((state.params, state.opt_state))
         state = state._replace(params=params, opt_state=opt_state)
         run_steps(state, corpus, attention_constants(state.settings.model), out, log_to)
@@ -192,19 +192,23 @@ def say_last(progress, line):
     """A line on stderr before a run ends early; of several processes the first says it."""
     if sharding.first():
         progress.end_line()
-        print(f"run.py: {line}", file=sys.stderr)
+        print(f"run.py: {as_line(line)}", file=sys.stderr)
 
 
 def evaluate(settings, params, constants, corpus, count, step, metrics, watch, progress):
     """The loss on `count` windows of validation text, as a sentence.
 
     It is noted, with a warning if there is one. Loss, mean squares and kurtosis behind the blocks
-    go into the metrics. ValueError if the tokens have turned out to be damaged.
+    go into the metrics. It exits where the loss is not finite. ValueError if the tokens have turned
+    out to be damaged.
     """
     corpus.verify()
     windows = data.spread_windows(corpus.validation, settings.model.length, count)
     value, blocks = training.evaluate(params, constants, windows, settings.model,
                                       settings.training.at_once)
+    if not math.isfinite(value):
+        say_last(progress, f"validation loss is {value:.3g} after step {step}; {watch.help()}")
+        sys.exit(1)
     size = corpus.validation_counts @ encodings.byte_lengths(corpus.encoding)
     bits = len(corpus.validation) / size / math.log(2)            # per byte, of a nat per token
     unigram = data.unigram_loss(corpus.train_counts, corpus.validation_counts)

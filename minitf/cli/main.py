@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -37,6 +38,7 @@ def main(arguments=None):
     parser = make_parser()
     given = parser.parse_args(arguments)
     prepare_streams()
+    warnings.simplefilter("ignore")                               # of libraries: stderr is ours
 
     def refuse(line):
         sharding.leave(line)
@@ -48,12 +50,17 @@ def main(arguments=None):
         if given.compilation_cache:
             keep_compiled_programs()
         act(given)
+        sys.stdout.flush()                                        # else it fails after main
     except ValueError as error:
         refuse(str(error))
     except BrokenPipeError:                                       # nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0 if given.sample else 141)                      # 128 + SIGPIPE
     except OSError as error:
+        try:
+            sys.stdout.flush()
+        except OSError:                                           # it is stdout: not once more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         refuse(f"{error.filename or 'a file'} cannot be read or written: {error.strerror}")
     except (MemoryError, RuntimeError) as error:
         full = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
@@ -67,12 +74,12 @@ def main(arguments=None):
 
 def act(given):
     """Does what the arguments say."""
-    doing = next((name for name in DOING if getattr(given, name)), "train")
+    doing = next((name for name in DOING if getattr(given, name) is not None), "train")
     if isinstance(given.inspect, Path):
         doing = "inspect DIR"
     for flag, allowed in GOES_WITH.items():
-        require(not getattr(given, flag) or doing in allowed, f"{as_flag(flag)} goes with "
-                f"{', '.join(allowed)}, not with {doing}")
+        require(getattr(given, flag) in (None, False) or doing in allowed,
+                f"{as_flag(flag)} goes with {', '.join(allowed)}, not with {doing}")
     require(given.plot or doing not in ("curves", "figure"), f"--{doing} needs --plot FILE.png")
     if given.plot:
         require_place(given.plot)

@@ -15,10 +15,20 @@ def read(folder):
     try:
         text = (folder / "metrics.jsonl").read_text()
         lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
-        require(all(type(line.get("step")) is int for line in lines), "its lines have no step")
+        require(all(map(sound, lines)), "its lines are none of a run's")
         return lines
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{folder}/metrics.jsonl cannot be read: {error}") from None
+
+
+def sound(line):
+    """Whether what is read of a line is there, and a number."""
+    told = [line[name] for name in ("loss", "grad_norm", "val_loss") if name in line]
+    squares = line.get("mean_square", [1.0])
+    return (type(line.get("step")) is int and 0 <= line["step"] < 2**31
+            and ("loss" in line) == ("grad_norm" in line)
+            and ("val_loss" in line or "val_tokens" not in line)
+            and type(squares) is list and all(type(each) is float for each in told + squares))
 
 
 def tensorboard(folder, settings):

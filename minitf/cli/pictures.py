@@ -1,8 +1,11 @@
 """Pictures, by matplotlib if it is installed: their files, and reports of inspection.py."""
+from pathlib import Path
+
 import numpy as np
 
 from ..errors import require
 from ..theory.kernels import correlation
+from ..training.checkpoint import write
 
 COLUMNS = ("mean square", "mean cosine", "effective rank", "gradient norm", "gradient cosine")
 
@@ -24,14 +27,16 @@ def figure(size, *shape, **how):
 
 def require_place(path):
     """ValueError where no picture can be written, before work is done for it."""
-    kinds = blank((1, 1)).canvas.get_supported_filetypes()
-    require(path.suffix[1:] in kinds and path.absolute().parent.is_dir(),
+    blank((1, 1))
+    require(path.suffix in (".png", ".pdf", ".svg") and path.absolute().parent.is_dir(),
             f"cannot write {path}: it must be a .png, .pdf or .svg in a folder that there is")
 
 
 def save(picture, path):
     """Writes a figure."""
-    picture.savefig(path, dpi=110)
+    if not isinstance(path, Path):
+        return picture.savefig(path, dpi=110)
+    write(path, lambda file: picture.savefig(file, dpi=110, format=path.suffix[1:]))
 
 
 def plain_numbers(axis):

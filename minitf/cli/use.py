@@ -70,11 +70,11 @@ def evaluate(folder, names, mesh=None, quantize=None):
     then says what the loss comes to with so few bits, and the kurtosis of the activations. All is
     then float32.
     """
-    precisions = [None, bits_of(quantize)] if quantize else [None]
+    precisions = [None, bits_of(quantize)] if quantize is not None else [None]
     saved = checkpoint.newest(folder)[0]
     config, encoding, size = saved.settings.model, saved.encoding, saved.settings.training.at_once
     config = replace(config, dtype="float32") if quantize else config
-    tokens = data.read_tokens(names, encoding, whole=True)[0] if names else \
+    tokens = data.read_tokens(names, encoding, whole=True)[0] if names is not None else \
         data.load(saved.settings.data, config.length, encoding).validation
     if config.objective == "mlm":                                 # of whole windows
         require(len(tokens) > config.length, f"the text must have more than {config.length} tokens")

@@ -149,7 +149,7 @@ def rewind(metrics, step):
     def belongs(line):
         try:
             return json.loads(line)["step"] <= step
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             return False
 
     lines = metrics.read_bytes().splitlines(keepends=True) if step and metrics.exists() else []
@@ -182,7 +182,7 @@ def load(place: str | Path) -> Model:
     ValueError, with one line, if there is none.
     """
     place = Path(place)
-    return model_of(newest(place)[0] if place.is_dir() else load_checkpoint(place))
+    return model_of(newest(place)[0] if os.path.isdir(place) else load_checkpoint(place))
 
 
 def model_of(checkpoint):

@@ -45,19 +45,19 @@ def load(config, length, encoding=None):
     where there are many; else the last tenth. encoding: one to take instead of the configured.
     ValueError unless both parts have more than `length` tokens.
     """
-    names, val_data = config.data or str(TEXT), config.val_data
+    names, val_data = str(TEXT) if config.data is None else config.data, config.val_data
     tokens, end, counts, encoding, checksum, held_out = read_tokens(
         names, encoding or config.encoding)
     long = checksum and tokens.nbytes > CHECKED
     verify = check_whole(names, tokens, checksum, encoding.n_vocab) if long else lambda: None
     validation = tokens[end:]
-    if val_data:
+    if val_data is not None:
         validation, _, others, *_ = read_tokens(val_data, encoding, whole=True)
         end, counts, held_out = len(tokens), (counts.sum(0), others.sum(0)), "val-data"
-    require(np.count_nonzero(counts[0]) > 1, "data is one token again and again")
     require(end > length, f"data is too short: {end} tokens to train on, needed are {length + 1}")
+    require(np.count_nonzero(counts[0]) > 1, "data is one token again and again")
     require(len(validation) > length,
-            f"{'val_data' if val_data else 'data'} is too short: {len(validation)} tokens are for "
+            f"{'val-data' if val_data else 'data'} is too short: {len(validation)} tokens are for "
             f"validation, needed are {length + 1}")
     digest = f"{checksum} {end}" if checksum else \
         hashlib.sha256(tokens[:end].astype("<u4").tobytes()).hexdigest()
@@ -77,8 +77,10 @@ def read_tokens(names, encoding=None, whole=False):
     manifest = read_manifest(folder)
     if manifest:
         return read_prepared(Path(folder), manifest, encoding)
+    require(not Path(folder, "tokens.bin").exists(),
+            f"{folder} is not a whole prepared corpus: manifest.json is none; prepare it again")
     if not isinstance(encoding, tiktoken.Encoding):
-        encoding = load_encoding(encoding or str(RANKS))
+        encoding = load_encoding(str(RANKS) if encoding is None else encoding)
     texts = read_texts(names)
     parts = [texts] if whole else set_aside(texts)
     tokens, *validation = (encode_files(part, encoding) for part in parts)

@@ -35,8 +35,7 @@ def find_files(names):
         elif path.exists():
             found = [path]
         else:
-            found = once(each for each in map(Path, matches(name))
-                         if each.exists() and not each.is_dir())
+            found = once(each for each in map(Path, matches(name)) if each.is_file())
         require(found, f"no text found at {name}: it must name a file, a folder of files or a glob")
         paths += found
     require(paths, "data must name at least one file, folder or glob")
