@@ -153,7 +153,8 @@ class ModelConfig(Checked):
         require(self.position != "rope" or self.features % 2 == 0,
                 f"rope needs an even number of features a head, not {self.features}")
         require(abs(self.mlp_ratio * self.width - self.hidden) < 1e-6 and self.hidden % 2 == 0,
-                f"mlp-ratio times width must be even, not {self.mlp_ratio * self.width:.9g}")
+                "mlp-ratio times width must be an even integer, not "
+                f"{self.mlp_ratio * self.width:.9g}")
         require(not self.identity_skip or self.attn == "espa" and self.alpha == 0,
                 "identity-skip needs attn espa and alpha 0")
         exactly = self.transform != "none"

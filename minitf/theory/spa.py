@@ -114,7 +114,8 @@ def exponential_log_attention(gamma_in, gamma_out, length):
     A_11 = 1, A_ii = lambda, A_i1 = phi_out^(i-2) (phi_out - lambda phi_in),
     A_ij = lambda phi_out^(i-j-1) (phi_out - phi_in) for 1 < j < i.
     """
-    require(0 < gamma_out < gamma_in, f"needs 0 < gamma_out < gamma_in: {gamma_out}, {gamma_in}")
+    require(0 < gamma_out < gamma_in,
+            f"needs 0 < gamma_out < gamma_in, not {gamma_out}, {gamma_in}")
     log_lambda, first, later = exponential_entries(gamma_in, gamma_out)
     position = np.arange(length)
     lag = position[:, None] - position
