@@ -32,7 +32,7 @@ from records import HERE, add, header, parser, read, row
 from minitf import __version__, resolve
 from minitf.cli import curves
 from minitf.cli.main import SETTINGS, make_parser
-from minitf.errors import require
+from minitf.errors import as_flag, require
 
 DIVERGED = re.compile("loss is .* (at|after) step")                 # how run.py ends then
 # What a random search varies, each between its own value over this number and times it.
@@ -62,15 +62,15 @@ def parse(text):
     parser = make_parser()
     given = vars(parser.parse_args(shlex.split(text)))
     for name in [name for name in given if name not in SETTINGS or name == "seed"]:
-        own, flag = parser.get_default(name), "--" + name.replace("_", "-")
-        require(given.pop(name) == own, f"{flag} is not for a sweep's FLAGS")
+        require(given.pop(name) == parser.get_default(name),
+                f"--{as_flag(name)} is not for a sweep's FLAGS")
     return given
 
 
 def arguments(flags):
     """A dict as run.py's arguments."""
     def one(name, value):
-        name = name.replace("_", "-")
+        name = as_flag(name)
         if isinstance(value, bool):
             return f"--{name}" if value else f"--no-{name}"
         return f"--{name}=" + (",".join(map(str, value)) if isinstance(value, (list, tuple))

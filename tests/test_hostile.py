@@ -179,10 +179,10 @@ def test_a_named_pipe_among_other_files_is_not_read(tmp_path):
     (["--figure", ""], "--figure needs --plot"), (["--encoding", ""], "no encoding"),
     (["--data", ""], "data must name"), (["--val-data", ""], "data must name"),
     (["--quantize", ""], "quantize goes with eval")], ids=str)
-def test_what_is_empty_is_not_the_default(arguments, said, tmp_path, capsys):
-    assert said in refusal([*arguments, "--out", str(tmp_path / "run")] if "--figure" not in
-                           arguments else arguments, capsys)
-    assert not (tmp_path / "run").exists()
+def test_what_is_empty_is_not_the_default(arguments, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert said in refusal(arguments, capsys)
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("line", [

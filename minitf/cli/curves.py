@@ -1,11 +1,9 @@
 """How runs went, as a picture: loss.png in a run's folder, and --curves DIR ... --plot FILE."""
 import time
 from contextlib import suppress
-from functools import partial
 
 import numpy as np
 
-from ..training.checkpoint import write
 from .metrics import read
 from .pictures import figure, save
 
@@ -36,7 +34,7 @@ def draw(runs, path, logarithmic=False):
 
     Args:
       runs: {label: dict as `summary` returns, perhaps without grad_norm}.
-      path: of the picture, a .png or what else matplotlib knows; or a file, of a .png.
+      path: of the picture, .png, .pdf or .svg.
       logarithmic: the axes of steps and of losses.
     """
     picture, (upper, lower) = figure((9, 7), 2, 1, sharex=True, height_ratios=(3, 1))
@@ -66,4 +64,4 @@ def renew(folder, last):
     """
     with suppress(Exception):
         if last or time.time() - (folder / "config.json").stat().st_mtime > SOON:
-            write(folder / "loss.png", partial(draw, {folder.name: summary(read(folder))}))
+            draw({folder.name: summary(read(folder))}, folder / "loss.png")

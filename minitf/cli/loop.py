@@ -34,7 +34,9 @@ def train(settings, out, mesh, trained=None, log_to=None):
     if sharding.first():
         host.require_new(out)
     corpus, settings = read_corpus(settings, trained and trained.encoding)
-    digest = trained and checkpoints.checksum(training.named_leaves(trained.params))
+    digest = None
+    if trained and jax.process_count() > 1:
+        digest = checkpoints.checksum(training.named_leaves(trained.params))
     sharding.require_same("flags and data", f"{settings} {corpus.digest} {digest}")
     model, vocabulary = settings.model, encodings.vocabulary(corpus.encoding)
     host.require_memory(settings, vocabulary)

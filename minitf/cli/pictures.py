@@ -1,6 +1,4 @@
 """Pictures, by matplotlib if it is installed: their files, and reports of inspection.py."""
-from pathlib import Path
-
 import numpy as np
 
 from ..errors import require
@@ -33,9 +31,7 @@ def require_place(path):
 
 
 def save(picture, path):
-    """Writes a figure."""
-    if not isinstance(path, Path):
-        return picture.savefig(path, dpi=110)
+    """Writes a figure: whole, or the old one stays."""
     write(path, lambda file: picture.savefig(file, dpi=110, format=path.suffix[1:]))
 
 
